@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/boig',
-                'doc_host': 'https://boig.github.io',
-                'git_url': 'https://github.com/boig/boig',
+                'doc_host': 'https://boig-authors.github.io',
+                'git_url': 'https://github.com/boig-authors/boig',
                 'lib_path': 'boig'},
   'syms': { 'boig.core': { 'boig.core.BoigError': ('00_core/core.html#boigerror', 'boig/core.py'),
                            'boig.core._cpu_name': ('00_core/core.html#_cpu_name', 'boig/core.py'),
