@@ -1,0 +1,306 @@
+"The front door on throw-away notebooks: keys, guards, failures, locks, and a real kill -9."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from boig.core import BoigError
+from boig.reproduce import bare, check_notebook, imported, load_stages, make_plan, module_sources, only_run, reproduce
+from boig.scales import load_scale
+
+HEAD = 'results: str = ""\nrun_dir: str = ""\nscale: str = ""\nseed: int = 0\nbootstrap: int | None = 1'
+LIB = "from pathlib import Path\nfrom boig.core import write_text\nfrom toylib.maths import double\n"
+FIRST = LIB + "write_text(Path(results)/'data/a.txt', str(double(seed)))"
+SECOND = LIB + "write_text(Path(results)/'b.txt', (Path(results)/'data/a.txt').read_text() + '!')"
+OTHER = "from pathlib import Path\nfrom boig.core import write_text\nwrite_text(Path(results)/'c.txt', str(bootstrap))"
+TABLE = """
+[first]
+notebook = "first.ipynb"
+title = "doubles the seed"
+outputs = ["data/a.txt"]
+[second]
+notebook = "second.ipynb"
+title = "adds a mark"
+inputs = ["data/a.txt"]
+outputs = ["b.txt"]
+[other]
+notebook = "other.ipynb"
+title = "stands alone"
+section = "table1"
+outputs = ["c.txt"]
+"""
+SLOW = LIB + """import time
+Path(run_dir, "kernel.pid").write_text(str(__import__("os").getpid()))
+for i in range(30):
+    step = Path(run_dir, f"step{i}")
+    if step.exists(): continue
+    (Path(results)/"data").mkdir(exist_ok=True)
+    time.sleep(0.1)
+    write_text(step, "done")
+write_text(Path(results)/"data/a.txt", str(double(seed)) * 1000)"""
+
+
+class World:
+    "A project of three tiny notebooks and a library of one module."
+    def __init__(self, root: Path):
+        self.root, self.results = root, root/"results"
+        for folder in ("nbs", "toylib"): (root/folder).mkdir(parents=True)
+        (root/"toylib/__init__.py").write_text("")
+        self.lib("def double(x): return 2*x\n")
+        (root/"stages.toml").write_text(TABLE)
+        for name, body in dict(first=FIRST, second=SECOND, other=OTHER).items(): self.notebook(name, body)
+        self.go = dict(scale="smoke", results=self.results, notebooks=root/"nbs", table=root/"stages.toml", package=root/"toylib")
+
+    def lib(self, text): (self.root/"toylib/maths.py").write_text(text)
+
+    def notebook(self, name, body, prose="Words.", tags=("parameters",), head=HEAD, count=None):
+        cells = [new_markdown_cell(prose), new_code_cell(head, metadata={"tags": list(tags)}), new_code_cell(body, execution_count=count)]
+        for i, c in enumerate(cells): c.id = f"c{i}"
+        nbformat.write(new_notebook(cells=cells), self.root/"nbs"/f"{name}.ipynb")
+
+    def keys(self, **overrides):
+        plan = make_plan(load_stages(self.root/"stages.toml"), load_scale("smoke", overrides=overrides), self.results, self.root/"nbs", self.root/"toylib")
+        return {s.stage.name: s.key for s in plan}
+
+    def run(self, **kw): return reproduce(**(self.go | kw))
+
+    def why(self, capsys, **kw):
+        "Stage -> reason, from the dry run."
+        capsys.readouterr()
+        self.run(dry_run=True, **kw)
+        rows = [line.split(" · ", 2) for line in capsys.readouterr().out.splitlines()]
+        return {r[0].split("] ")[1]: r[2].removeprefix("would run: ") for r in rows}
+
+    def spawn(self, **kw):
+        "The same run in a process of its own."
+        args = {k: str(v) if isinstance(v, Path) else v for k, v in (self.go | kw).items()}
+        code = f"from boig.reproduce import reproduce; reproduce(**{args!r})"
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def world(tmp_path): return World(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A world that has run once, and what it printed; tests put back what they change."
+    import contextlib, io
+    world, out = World(tmp_path_factory.mktemp("finished")), io.StringIO()
+    with contextlib.redirect_stdout(out): world.run()
+    return world, out.getvalue()
+
+
+def differ(a, b): return sorted(k for k in a if a[k] != b[k])
+
+
+# Keys
+
+def test_prose_outputs_and_comments_change_no_key(world):
+    before = world.keys()
+    world.notebook("first", FIRST + "  # a remark", prose="Other words.", count=7)
+    world.lib('"A library."\n\n# %% ../nbs/x.ipynb 12\ndef double(x):\n    "Twice."\n    return 2*x\n')
+    assert differ(before, world.keys()) == []
+
+def test_code_changes_its_stage_and_those_downstream(world):
+    before = world.keys()
+    world.notebook("first", FIRST + "\nseed += 1")
+    assert differ(before, world.keys()) == ["first", "second"]
+    world.notebook("first", FIRST)
+    world.notebook("second", SECOND + "\nseed += 1")
+    assert differ(before, world.keys()) == ["second"]
+
+def test_imported_module_changes_those_that_import_it(world):
+    before = world.keys()
+    world.lib("def double(x): return x + x\n")
+    assert differ(before, world.keys()) == ["first", "second"]
+
+def test_parameters_change_the_stages_that_have_them(world):
+    before = world.keys()
+    assert differ(before, world.keys(**{"table1.bootstrap": 51})) == ["other"]
+    assert differ(before, world.keys(seed=43)) == ["first", "other", "second"]
+    assert differ(before, world.keys(**{"boig_llm.steps": 51})) == []
+
+def test_package_data_counts(world):
+    before = world.keys()
+    (world.root/"toylib/data/set").mkdir(parents=True)
+    (world.root/"toylib/data/set/x.parquet").write_bytes(b"1")
+    assert len(differ(before, world.keys())) == 3
+
+def test_key_does_not_depend_on_the_place(world, tmp_path_factory):
+    assert world.keys() == World(tmp_path_factory.mktemp("elsewhere")).keys()
+
+def test_imports_are_followed(tmp_path):
+    for name, text in {"__init__": "", "a": "from . import b", "b": "def f():\n    from .sub.c import x", "sub/__init__": "", "sub/c": "from ..d import y",
+                       "d": "import numpy", "unused": ""}.items():
+        file = tmp_path/"lib"/f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    got = module_sources(["%matplotlib inline\nfrom lib import a"], tmp_path/"lib")
+    assert sorted(got) == ["lib", "lib.a", "lib.b", "lib.d", "lib.sub", "lib.sub.c"]
+    assert imported("import lib.x as y, numpy") == {"lib.x", "numpy"}
+
+def test_bare_code_keeps_what_counts():
+    assert bare("x = 'text' # c") == bare('x = "text"') != bare("x = 'texts'")
+    assert bare("__all__ = ['a']\nx = 1") == bare("x = 1")
+
+
+# Guards: before anything runs
+
+def test_untagged_notebook_is_refused(world):
+    world.notebook("other", OTHER, tags=())
+    with pytest.raises(BoigError, match="no cell tagged 'parameters'"): world.run()
+    assert not (world.results/"data/a.txt").exists()
+
+def test_unknown_parameter_is_refused(world):
+    world.notebook("other", OTHER, head=HEAD.replace("bootstrap", "bootstraps"))
+    with pytest.raises(BoigError, match="Unknown parameter of other.ipynb 'bootstrap'. Did you mean 'bootstraps'"): world.run()
+    assert not (world.results/"data/a.txt").exists()
+
+def test_secrets_are_no_parameters(world):
+    world.notebook("other", OTHER, head=HEAD + "\napi_key: str = ''\nmax_tokens: int = 1")
+    path = world.root/"nbs/other.ipynb"
+    check_notebook(path, {"max_tokens": 5})
+    with pytest.raises(BoigError, match="looks like a secret"): check_notebook(path, {"api_key": "x"})
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(only=["secnd"]), "Did you mean 'second'"), (dict(scale="smok"), "Did you mean 'smoke'"),
+    (dict(overrides={"table1.boot": 1}), "Did you mean 'table1.bootstrap'"), (dict(jobs=0), "1 or more"), (dict(llm="x"), "Unknown language model")])
+def test_wrong_arguments(world, wrong, message):
+    with pytest.raises(BoigError, match=message): world.run(**wrong)
+    assert not world.results.exists()
+
+def test_unwritable_folder(world):
+    (world.root/"file").write_text("")
+    with pytest.raises(BoigError, match="Cannot write in"): world.run(results=world.root/"file/x")
+
+def test_wrong_tables(world):
+    table = world.root/"stages.toml"
+    table.write_text(TABLE.replace('inputs = ["data/a.txt"]', 'inputs = ["data/z.txt"]'))
+    with pytest.raises(BoigError, match="which no earlier stage makes"): load_stages(table)
+    table.write_text(TABLE.replace("section", "sectoin"))
+    with pytest.raises(BoigError, match="Did you mean 'section'"): load_stages(table)
+
+
+# Runs
+
+def test_first_run_then_nothing_then_what_changed(finished, capsys):
+    world, out = finished
+    assert (world.results/"b.txt").read_text() == "84!" and (world.results/"c.txt").read_text() == "50"
+    assert [line for line in out.splitlines() if line.startswith("[1/3]")][0] == "[1/3] first · doubles the seed …"
+    for name in ("first", "second", "other"):
+        record = json.loads((world.results/f"provenance/{name}.json").read_text())
+        assert record["key"] == world.keys()[name] and record["seconds"] > 0 and record["parameters"]["seed"] == 42
+        assert record["outputs"] and record["provenance"]["python"]
+        assert nbformat.read(world.results/f"notebooks/{name}.ipynb", 4).cells[-1].execution_count
+    stamp = (world.results/"b.txt").stat().st_mtime_ns
+    world.run()
+    assert capsys.readouterr().out.count("up to date") == 3 and (world.results/"b.txt").stat().st_mtime_ns == stamp
+    assert world.why(capsys, overrides={"table1.bootstrap": 9}) == {
+        "first": "up to date", "second": "up to date", "other": "changed: parameter bootstrap"}
+    assert world.why(capsys, seed=1, only=["second"]) == {
+        "first": "changed: parameter seed", "second": "changed: parameter seed, stage first"}
+
+def test_missing_or_edited_results_are_made_again(finished, capsys):
+    world, _ = finished
+    (world.results/"b.txt").write_text("edited")
+    (world.results/"c.txt").unlink()
+    assert world.why(capsys) == {"first": "up to date", "second": "result b.txt was changed", "other": "result c.txt is missing"}
+    (world.results/"data/a.txt").write_text("1")
+    assert world.why(capsys)["first"] == "result data/a.txt was changed"
+    world.run()
+    assert (world.results/"b.txt").read_text() == "84!" and (world.results/"c.txt").read_text() == "50"
+    assert set(world.why(capsys).values()) == {"up to date"}
+
+def test_failing_rerun_keeps_the_old_result_and_reports_in_few_lines(finished, capsys):
+    world, _ = finished
+    world.notebook("second", "raise ValueError('no such colour\\nand more')")
+    with pytest.raises(BoigError) as e: world.run()
+    lines = str(e.value).splitlines()
+    assert lines[0] == "Stage second failed. second.ipynb, cell In [3]: ValueError: no such colour …" and len(lines) == 2
+    executed = world.results/"notebooks/second.ipynb"
+    assert str(executed) in lines[1] and "no such colour" in executed.read_text()
+    assert (world.results/"b.txt").read_text() == "84!"
+    world.notebook("second", "from boig.core import BoigError\nraise BoigError('Mend this.')")
+    with pytest.raises(BoigError, match="^Stage second failed. Mend this.$"): world.run()
+    world.notebook("second", SECOND)
+    world.run()
+
+def test_old_file_does_not_pass_for_a_new_one(finished):
+    world, _ = finished
+    world.notebook("other", "x = 1")
+    with pytest.raises(BoigError, match="ended without writing c.txt"): world.run(only=["other"])
+    world.notebook("other", OTHER)
+    world.run()
+
+def test_environment_secrets_are_struck_out(finished, monkeypatch):
+    world, _ = finished
+    monkeypatch.setenv("TOY_API_KEY", "hunter2hunter2")
+    world.notebook("other", OTHER + "\nimport os\nprint(os.environ['TOY_API_KEY'])")
+    world.run(only=["other"])
+    text = (world.results/"notebooks/other.ipynb").read_text()
+    assert "hunter2hunter2" not in text and "[TOY_API_KEY]" in text
+    world.notebook("other", OTHER)
+    world.run()
+
+
+# Locks and kills
+
+def test_second_run_says_so(world):
+    with only_run(world.results):
+        with pytest.raises(BoigError, match=rf"Another run \(pid {os.getpid()}\) is using"): world.run()
+    assert not (world.results/"plan.json").exists()
+
+def wait_for(what, seconds=30):
+    end = time.time() + seconds
+    while not (found := what()):
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+def alive(pid):
+    try: return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError: return False
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_9_then_the_same_command_finishes(world, tmp_path_factory):
+    world.notebook("first", SLOW)
+    run = world.spawn(only=["second"])
+    wait_for(lambda: list(world.results.glob("runs/first/*/step5")))
+    kernel = int(next(world.results.glob("runs/first/*/kernel.pid")).read_text())
+    run.kill() # -9, and only the first of four processes
+    wait_for(lambda: not alive(kernel), 5)
+    run.wait()
+    assert not (world.results/"data/a.txt").exists() and not (world.results/".done/first.json").exists()
+    steps = {p: p.stat().st_mtime_ns for p in world.results.glob("runs/first/*/step*")}
+    world.run(only=["second"])
+    assert all(p.stat().st_mtime_ns == t for p, t in steps.items()), "finished steps were done again"
+    whole = World(tmp_path_factory.mktemp("whole"))
+    whole.notebook("first", SLOW)
+    whole.run(only=["second"])
+    for f in ("data/a.txt", "b.txt", ".done/first.json", ".done/second.json"):
+        assert (world.results/f).read_bytes() == (whole.results/f).read_bytes()
+    assert not list(world.results.rglob("*.tmp*"))
+
+def test_killed_kernel_is_reported(world):
+    world.notebook("other", "import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(BoigError, match="^Stage other failed. other.ipynb: its kernel was killed"): world.run(only=["other"])
+    world.notebook("other", "import os\nos.kill(os.getppid(), 9)")
+    with pytest.raises(BoigError, match="^Stage other was killed"): world.run(only=["other"])
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_interrupt_stops_everything(world):
+    world.notebook("first", SLOW)
+    run = world.spawn(only=["first"])
+    wait_for(lambda: list(world.results.glob("runs/first/*/step2")))
+    kernel = int(next(world.results.glob("runs/first/*/kernel.pid")).read_text())
+    run.send_signal(signal.SIGINT)
+    assert run.wait(10) != 0
+    wait_for(lambda: not alive(kernel), 5)
