@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from importlib.util import resolve_name
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from .core import BoigError, closest, digest, project_root, provenance, sha256_file, write_json, write_text
@@ -465,6 +465,7 @@ def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int):
     if any(s.why for s in steps): run_plan(steps, results, notebooks, jobs)
 
 def _report(results: Path) -> Path:
-    "Draw the page of a results folder."
+    "Draw the page of a results folder; the folder itself while there is no report module."
+    if find_spec("boig.report") is None: return results
     from boig.report import write_report
     return write_report(results)
