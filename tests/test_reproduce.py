@@ -134,6 +134,15 @@ def test_package_data_counts(world):
     (world.root/"toylib/data/set/x.parquet").write_bytes(b"1")
     assert len(differ(before, world.keys())) == 3
 
+def test_table_beside_an_imported_module_counts(world):
+    before = world.keys()
+    for name in ("maths", "unused"): (world.root/f"toylib/{name}.toml").write_text("a = 1")
+    assert differ(before, world.keys()) == ["first", "second"]
+    before = world.keys()
+    (world.root/"toylib/maths.toml").write_text("a = 1 # one")
+    (world.root/"toylib/unused.toml").write_text("a = 2")
+    assert differ(before, world.keys()) == []
+
 def test_key_does_not_depend_on_the_place(world, tmp_path_factory):
     assert world.keys() == World(tmp_path_factory.mktemp("elsewhere")).keys()
 
