@@ -10,6 +10,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass, field, replace
 
 from json_repair import repair_json
@@ -90,11 +91,17 @@ def _load(text: str) -> tuple[dict | None, list[str]]:
     try: d, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError): d = None
     if isinstance(d, dict): return d, ["text around the JSON"]
-    try: d = ast.literal_eval(text[start:text.rfind("}") + 1])  # a Python dict: single quotes
+    try: d = _python_literal(text[start:text.rfind("}") + 1])
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError): d = _repair(text[start:])
     return (d, ["repaired JSON"]) if isinstance(d, dict) else (None, [])
 
 # %% ../../nbs/10_data/11_verbalization.ipynb #17e6b9d8
+def _python_literal(text: str):
+    "A Python dict, as models print it that think in Python: single quotes, None, True."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd escapes and numbers are what we expect here
+        return ast.literal_eval(text)
+
 def _repair(text: str):
     "What the repair library makes of broken JSON, or None."
     try: return repair_json(text[:100_000], return_objects=True)

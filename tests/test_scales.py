@@ -1,0 +1,49 @@
+"Presets, overrides, and experiment notebooks whose defaults are the pocket scale's."
+import ast
+import json
+from dataclasses import asdict
+
+import pytest
+
+from boig.core import BoigError, project_root
+from boig.reproduce import load_stages, notebook_parameters
+from boig.scales import load_scale, scale_names
+
+NBS = project_root()/"nbs"
+
+
+@pytest.mark.parametrize("name", ["smoke", "pocket", "reference", "paper"])
+def test_every_scale_loads_with_every_model(name):
+    assert name in scale_names()
+    scale = load_scale(name, llm="smollm2")
+    assert scale.boig_llm.llm == "smollm2" and scale.boig_llm.lora_rank > 0 and scale.emojibench == load_scale(name).emojibench
+
+
+@pytest.mark.parametrize("name", ["smoke", "pocket", "reference", "paper"])
+def test_every_value_of_a_scale_is_commented(name):
+    text = (project_root()/"boig"/"scales"/f"{name}.toml").read_text(encoding="utf-8")
+    assert [l for l in text.splitlines() if "=" in l.split("#")[0] and "#" not in l] == []
+
+
+def defaults(path):
+    "The values in a notebook's parameters cell."
+    cell = next(c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if "parameters" in c["metadata"].get("tags", []))
+    return {n.target.id: ast.literal_eval(n.value) for n in ast.parse("".join(cell["source"])).body}
+
+
+@pytest.mark.parametrize("stage", load_stages().values(), ids=lambda s: s.name)
+def test_notebook_defaults_are_the_pocket_scale(stage):
+    values, pocket = defaults(NBS/stage.notebook), load_scale("pocket")
+    told = stage.parameters(pocket)
+    assert notebook_parameters(NBS/stage.notebook) == set(told) | {"results", "run_dir"}
+    section = asdict(getattr(pocket, stage.section))
+    assert {k: values[k] for k in section} == section and values["seed"] == pocket.seed and values["scale"] == "pocket"
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(name="poket"), "Did you mean 'pocket'"), (dict(llm="smolm2"), "Did you mean 'smollm2'"),
+    (dict(overrides={"boig_llm.stepps": 3}), "Did you mean 'boig_llm.steps'"), (dict(overrides={"boig_llm.steps": "many"}), "must be int"),
+    (dict(overrides={"boig_llm.steps": 2.5}), "must be int")])
+def test_mistakes_get_one_clear_line(wrong, says):
+    with pytest.raises(BoigError, match=says) as e: load_scale(**wrong)
+    assert "\n" not in str(e.value)
