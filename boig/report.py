@@ -18,6 +18,7 @@ from .core import BoigError, write_text
 from .data.palette import PALETTE_HEX
 from .data.verbalization import Verbalization, parse
 from .metrics.verbalization_metrics import METRICS
+from .stages import load_stages, marker
 
 # %% ../nbs/95_front/96_report.ipynb #448821a2
 _TONE_HEX = {"warm": "#d9762b", "neutral": "#9a9a9a", "cool": "#3b7dd8"}
@@ -47,7 +48,6 @@ def _csv(path: Path) -> pd.DataFrame | None:
 
 def records(results: Path) -> list[dict]: # in the order of the stage table
     "What ran: each stage's record, with `current` False where a newer run did not finish."
-    from boig.reproduce import load_stages, marker
     out = []
     for name, stage in load_stages().items():
         file = results/"provenance"/f"{name}.json"

@@ -25,11 +25,8 @@ if grep -rl '<<<<<<<' nbs --include='*.ipynb'; then echo "These notebooks hold m
 ruff check --quiet --select F821,F811,F822 boig
 
 say "Library notebooks run"
-# One thread each: two workers share the cores. Experiments (nbs/90_experiments) run below, through papermill.
+# One thread each: two workers share the cores. Experiments (nbs/90_experiments) run below (tests/test_smoke.py), through papermill.
 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --n_workers 2 --do_print --timing
 
-say "The whole compendium, at the smoke scale"
-boig reproduce --scale smoke --results "$tmp/smoke"
-
-say "Tests"
+say "Tests, the whole compendium at the smoke scale among them"
 python -m pytest -q tests

@@ -12,7 +12,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from boig.core import BoigError
-from boig.reproduce import bare, check_notebook, imported, load_stages, make_plan, module_sources, only_run, reproduce
+from boig.reproduce import only_run, reproduce
+from boig.stages import bare, check_notebook, imported, load_stages, make_plan, module_sources
 from boig.scales import load_scale
 
 HEAD = 'results: str = ""\nrun_dir: str = ""\nscale: str = ""\nseed: int = 0\nbootstrap: int | None = 1'

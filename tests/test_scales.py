@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from boig.core import BoigError, project_root
-from boig.reproduce import load_stages, notebook_parameters
+from boig.stages import load_stages, notebook_parameters
 from boig.scales import load_scale, scale_names
 
 NBS = project_root()/"nbs"

@@ -86,6 +86,12 @@ def make_pocket_llama(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #90c67341
+def _forget_quantization(model):
+    "GGUF weights arrive unpacked, as plain floats; drop the marks by which a trainer would still refuse them."
+    model.is_quantized = False
+    for owner, mark in [(model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")]:
+        if hasattr(owner, mark): delattr(owner, mark)
+
 def load_llm(
     name: str, # zoo name, local folder or hub id
     device: str = "auto",
@@ -96,6 +102,7 @@ def load_llm(
     folder = path.parent if where else path
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if get_device(device).type == "cpu" else torch.bfloat16, **where)
+    if where: _forget_quantization(model)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return model.to(get_device(device)), tokenizer
