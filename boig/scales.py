@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'EmojiBenchScale', 'Table1Scale', 'BoigLLMScale', 'Scale'
 
 # %% ../nbs/00_core/01_scales.ipynb #be94f484
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.resources import files
 
 from .core import BoigError, closest

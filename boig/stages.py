@@ -17,8 +17,8 @@ from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
 
-from .core import BoigError, closest, digest, project_root, sha256_file
-from .scales import Scale, load_scale
+from .core import BoigError, closest, digest, sha256_file
+from .scales import Scale
 
 # %% ../nbs/95_front/94_stages.ipynb #733ae1b2
 @dataclass(frozen=True)

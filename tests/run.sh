@@ -20,9 +20,9 @@ if [ -s "$tmp/diff" ]; then
   exit 1
 fi
 
-say "No conflict markers, no broken names"
+say "No conflict markers, no broken or unused names"
 if grep -rl '<<<<<<<' nbs --include='*.ipynb'; then echo "These notebooks hold merge conflicts." >&2; exit 1; fi
-ruff check --quiet --select F821,F811,F822 boig
+ruff check --quiet --select F401,F811,F821,F822 boig
 
 say "Library notebooks run"
 # One thread each: two workers share the cores. Experiments (nbs/90_experiments) run below (tests/test_smoke.py), through papermill.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core import BoigError, derive_seed
+from ..core import BoigError
 from ..data.palette import COLOR_NAMES, TONE_NAMES
 from ..data.verbalization import Verbalization
 

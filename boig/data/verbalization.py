@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from json_repair import repair_json
 

@@ -12,7 +12,6 @@ import pandas as pd
 
 from ..core import BoigError
 from ..data.palette import COLOR_NAMES, TONE_NAMES, palette_rgb
-from ..data.verbalization import Verbalization
 from .word_vectors import clean_name, similarity_matrix
 
 # %% ../../nbs/40_metrics/41_verbalization_metrics.ipynb #90a033c7
