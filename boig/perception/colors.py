@@ -9,18 +9,20 @@ __all__ = ['color_shares', 'list_colors', 'list_tones', 'verbalize_colors']
 import torch
 
 from ..core import BoigError
-from ..data.palette import COLOR_NAMES, TONE_NAMES, nearest_color, tone_of
+from ..data.palette import COLOR_NAMES, TONE_NAMES, nearest_lab, rgb_to_lab, tone_of_lab
 from ..data.verbalization import MAX_COLORS, MIN_COVERAGE, round_to_one
 
 # %% ../../nbs/30_perception/30_colors.ipynb #71a0fb77
+_CHUNK = 2**18 # pixels at a time
+
 def _shares(
-    index: torch.Tensor, # [B, H, W] int64 in [0, n)
-    masks: torch.Tensor, # [B, H, W] bool
+    index: torch.Tensor, # [P] int64 in [0, n): the value of each pixel
+    picture: torch.Tensor, # [P] int64: the picture of each pixel
     n: int,
-) -> torch.Tensor: # [B, n] float32, rows sum to 1
-    "The share of each value in each picture's masked pixels."
-    batch = torch.arange(len(index), device=index.device).view(-1, 1, 1)
-    counts = torch.bincount((index + n * batch)[masks], minlength=n * len(index)).view(-1, n)
+    pictures: int,
+) -> torch.Tensor: # [pictures, n] float32, rows sum to 1
+    "The share of each value among each picture's pixels."
+    counts = torch.bincount(index + n * picture, minlength=n * pictures).view(pictures, n)
     return counts / counts.sum(1, keepdim=True)
 
 # %% ../../nbs/30_perception/30_colors.ipynb #c84c5ddf
@@ -33,8 +35,10 @@ def color_shares(
     if images.ndim != 4 or images.shape[1] != 3: raise BoigError(f"Pictures must be [B, 3, H, W], not {list(images.shape)}.")
     if masks is None: masks = torch.ones_like(images[:, 0], dtype=torch.bool)
     if not masks.flatten(1).any(1).all(): raise BoigError("A mask is empty: a picture has no drawing in it.")
-    pixels = images.float().permute(0, 2, 3, 1)
-    return _shares(nearest_color(pixels), masks, len(COLOR_NAMES)), _shares(tone_of(pixels), masks, len(TONE_NAMES))
+    picture, pixels = masks.nonzero()[:, 0], images.permute(0, 2, 3, 1)[masks].float()
+    labs = [rgb_to_lab(part) for part in pixels.split(_CHUNK)]
+    index, tone = (torch.cat([f(lab) for lab in labs]) for f in (nearest_lab, tone_of_lab))
+    return _shares(index, picture, len(COLOR_NAMES), len(images)), _shares(tone, picture, len(TONE_NAMES), len(images))
 
 # %% ../../nbs/30_perception/30_colors.ipynb #f70693fc
 def list_colors(
