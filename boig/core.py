@@ -66,7 +66,7 @@ def get_device(
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"): raise closest(name, ["auto", "cpu", "cuda", "mps"], "device")
     if (kind == "cuda" and not have_cuda) or (kind == "mps" and not have_mps):
-        raise BoigError(f"Device '{name}' was asked for but torch sees none here. Use --device auto or cpu.")
+        raise BoigError(f"Device '{name}' was asked for but torch sees none here. Use 'auto' or 'cpu'.")
     return torch.device(name)
 
 # %% ../nbs/00_core/00_core.ipynb #5e0d993a
@@ -126,7 +126,8 @@ def project_root() -> Path:
     "The checkout that holds the notebooks: upwards from here, else the one this package was installed from."
     for start in (Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()):
         for folder in (start, *start.parents):
-            if (folder/"settings.ini").is_file() and (folder/"nbs").is_dir(): return folder
+            ini = folder/"settings.ini"
+            if ini.is_file() and (folder/"nbs").is_dir() and "lib_name = boig\n" in ini.read_text(encoding="utf-8"): return folder
     raise BoigError("No boig checkout found here. Run inside a clone of the project: the notebooks are in it.")
 
 def from_root(path) -> Path:
@@ -154,6 +155,11 @@ def _cpu_name() -> str:
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), platform.processor())
 
 # %% ../nbs/00_core/00_core.ipynb #40bce76c
+def _gpu_name() -> str | None:
+    "The first GPU's name, if torch is there and sees one."
+    import torch
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
 def provenance() -> dict:
     "Commit, versions, machine and time: what a result needs beside it to be believed."
     status = _git("status", "--porcelain", "--untracked-files=no")
@@ -161,5 +167,5 @@ def provenance() -> dict:
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=_git("rev-parse", "HEAD"), changed_since_commit=None if status is None else bool(status),
         python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
-        cpu=_cpu_name(), cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"),
+        cpu=_cpu_name(), cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=_gpu_name(),
         packages={p: v for p in _PACKAGES if (v := _version(p))})

@@ -62,7 +62,7 @@ def _cell(row, metric: str) -> dict:
     n, mean = row.get(f"{metric} n"), row[metric]
     if pd.isna(mean): return dict(mean="–", interval="", n=n)
     low, high = row.get(f"{metric} low"), row.get(f"{metric} high")
-    interval = "" if low is None or pd.isna(low) else f"{low:.3f} to {high:.3f}"
+    interval = "" if low is None or pd.isna(low) or low == high else f"{low:.3f} to {high:.3f}"
     return dict(mean=f"{mean:.3f}", interval=interval, n=None if n is None else int(n))
 
 def table_rows(table: pd.DataFrame) -> list[dict]:
@@ -81,8 +81,7 @@ def findings(gains: pd.DataFrame) -> list[dict]: # one a comparison
     out = []
     for name, g in gains[gains.KPI == "All"].groupby("Comparison", sort=False):
         said = {v: [f"{r.Metric} ({r.gain:+.3f}, {r.low:+.3f} to {r.high:+.3f})" for r in g[g.verdict == v].itertuples()] for v in ("better", "worse")}
-        undecided = g.Metric[g.verdict == "undecided"]
-        out.append(dict(name=name, undecided=list(undecided), total=len(g), **said))
+        out.append(dict(name=name, undecided=list(g.Metric[g.verdict == "undecided"]), measurable=int((g.verdict != "not measurable").sum()), **said))
     return out
 
 # %% ../nbs/95_front/96_report.ipynb #af792deb
@@ -122,7 +121,7 @@ def write_report(
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
         table=None if table is None else table_rows(table), paper=table_rows(paper[paper.Model.str.startswith("Finetuned")]),
         objects=None if table is None else table["objects measure"].iloc[0], gains=None if gains is None else findings(gains),
-        llm=None if table is None else table.llm.iloc[0], free=_free(results),
+        llm=None if table is None else table.llm.iloc[0], changed=None if table is None else f"{table['answers changed by shuffling'].iloc[0]:.0%}", free=_free(results),
         figure=base64.b64encode(figure.read_bytes()).decode() if figure.exists() else None, gallery=gallery(results),
         stages=stages, last=max((s["record"] for s in stages if s["record"]), key=lambda r: r["provenance"]["time"], default=None))
     return write_text(results/"index.html", page)

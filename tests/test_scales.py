@@ -43,7 +43,10 @@ def test_notebook_defaults_are_the_pocket_scale(stage):
 @pytest.mark.parametrize("wrong, says", [
     (dict(name="poket"), "Did you mean 'pocket'"), (dict(llm="smolm2"), "Did you mean 'smollm2'"),
     (dict(overrides={"boig_llm.stepps": 3}), "Did you mean 'boig_llm.steps'"), (dict(overrides={"boig_llm.steps": "many"}), "must be int"),
-    (dict(overrides={"boig_llm.steps": 2.5}), "must be int")])
+    (dict(overrides={"boig_llm.steps": 2.5}), "must be int"), (dict(overrides={"boig_llm.steps": 0}), "at least 1"),
+    (dict(overrides={"emojibench.test_fraction": "nan"}), "at least 0"), (dict(overrides={"emojibench.test_fraction": 1.0}), "at most 0.9"),
+    (dict(overrides={"table1.bootstrap": -1}), "at least 1"), (dict(overrides={"boig_llm.noise_kind": "unifrom"}), "Did you mean 'uniform'"),
+    (dict(overrides={"boig_llm.llm": "smollm2"}), "Use --llm smollm2")])
 def test_mistakes_get_one_clear_line(wrong, says):
     with pytest.raises(BoigError, match=says) as e: load_scale(**wrong)
     assert "\n" not in str(e.value)

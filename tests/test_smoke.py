@@ -41,8 +41,8 @@ def test_everything_is_there(whole):
 
 def test_table1_has_its_rows_and_columns(whole):
     table = pd.read_csv(whole/TABLES[0])
-    assert list(table.Model.unique()) == ["Finetuned Llama", "Finetuned Llama (BoigLLM)", "Finetuned Llama (BoigLLM), shuffled KPI", "Random training picture"]
-    assert list(table.KPI.unique()) == ["High", "Medium", "Low", "All"] and len(table) == 16
+    assert list(table.Model.unique()) == ["Finetuned Llama", "Finetuned Llama (BoigLLM)", "Finetuned Llama (BoigLLM), shuffled KPI", "Random training picture", "Constant answer"]
+    assert list(table.KPI.unique()) == ["High", "Medium", "Low", "All"] and len(table) == 20
     assert {*METRICS, "scale", "seed", "llm", "n", "unreadable", "objects measure"} <= set(table.columns)
     assert (table.unreadable == 0).all() and (table.n[table.KPI == "All"] == 12).all() and (table.scale == "smoke").all()
     for m in METRICS:

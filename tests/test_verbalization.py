@@ -60,6 +60,12 @@ def test_wrappings(text, has):
     assert (read.value == v) if has else (read.value is None and read.reason)
 
 
+def test_a_name_that_stands_twice_is_noted():
+    text = '{"color and tones": {"colors": {"Red": {"coverage": 1.0}}, "tones": {"warm": 1.0, "neutral": 0, "cool": 0}}, "objects": {"cat": [1, 2, 3, 4], "cat": [5, 6, 7, 8]}}'
+    read = parse(text)
+    assert read.value.objects == {"cat": (5, 6, 7, 8)} and not read.clean and "twice" in read.notes[0]
+
+
 def test_python_dict_with_single_quotes():
     text = "{'color and tones': {'colors': {'Red': {'coverage': 1.0}}, 'tones': {'warm': 1.0, 'neutral': 0, 'cool': 0}}, 'objects': {\"the dog's bowl\": [1, 2, 3, 4]}}"
     assert parse(text).value.objects == {"the dog's bowl": (1, 2, 3, 4)}

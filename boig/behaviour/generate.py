@@ -82,7 +82,7 @@ def verbalization_grammar(
     resolution: tuple[int, int], # width, height in pixels, at most 256 each
     most_objects: int = 5,
 ) -> str: # in llguidance's Lark dialect
-    "The grammar of all verbalisations that obey the schema, and of nothing else."
+    "The grammar of all verbalisations that obey the schema; only names of objects may repeat, which no grammar can forbid."
     if not all(1 <= side <= 256 for side in resolution):
         raise BoigError(f"Boxes are spelt out pixel by pixel, up to 256 a side; the picture is {resolution}. Scale the boxes down first.")
     start = "start: " + _literal('{"color and tones": {"colors": {') + f" color::{_ALL}"
@@ -91,13 +91,15 @@ def verbalization_grammar(
 # %% ../../nbs/60_behaviour/61_generate.ipynb #b054bd88
 class Constraint:
     "A grammar compiled for a tokenizer; `matcher()` follows one answer."
-    def __init__(self, grammar: str, tokenizer):
-        self.tokenizer = from_tokenizer(tokenizer)
+    def __init__(self, grammar: str, tokenizer, n_vocab: int | None = None): # `n_vocab`: the model's logits, if padded beyond the tokenizer
+        self.tokenizer = from_tokenizer(tokenizer, n_vocab)
         self.grammar = LLMatcher.grammar_from_lark(grammar)
         if problem := LLMatcher.validate_grammar(self.grammar, self.tokenizer): raise BoigError(f"The grammar is not valid: {problem[:300]}")
         self._fresh = LLMatcher(self.tokenizer, self.grammar)
 
-    def matcher(self) -> LLMatcher: return self._fresh.deep_copy()
+    def matcher(self) -> LLMatcher:
+        "A matcher at the beginning of an answer."
+        return self._fresh.deep_copy()
 
     def accepts(self, text: str, tokenizer) -> bool:
         "Whether `text` is a whole sentence of the grammar."
@@ -132,8 +134,9 @@ def generate_answers(
     constraint: Constraint | None = None, # None: the model writes freely
     batch_size: int = 64,
     max_new_tokens: int = 400,
+    temperature: float = 0.0, # 0 = greedy; else sampling, by torch's seed
 ) -> list[str]: # in the order of the prompts
-    "Greedy answers to instructions, in batches of similar length."
+    "Answers to instructions, in batches of similar length."
     model.eval()
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [start + tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
@@ -143,7 +146,8 @@ def generate_answers(
         width = max(len(ids[i]) for i in rows)
         pad = lambda fill, value: torch.tensor([[fill] * (width - len(ids[i])) + value(ids[i]) for i in rows], device=model.device)
         processors = [GrammarProcessor(constraint, len(rows), tokenizer.eos_token_id)] if constraint else []
-        out = model.generate(input_ids=pad(tokenizer.pad_token_id, list), attention_mask=pad(0, lambda x: [1] * len(x)), do_sample=False,
+        out = model.generate(input_ids=pad(tokenizer.pad_token_id, list), attention_mask=pad(0, lambda x: [1] * len(x)),
+                             **(dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)),
                              max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                              logits_processor=LogitsProcessorList(processors))
         answers |= {i: tokenizer.decode(o[width:], skip_special_tokens=True) for i, o in zip(rows, out)}

@@ -52,6 +52,8 @@ def build_benchmark(
     table.loc[split_by_subgroup(table, test_fraction, derive_seed(seed, "test")), "split"] = "test"
     rest = table[table.split == "train"]
     table.loc[rest.index[split_by_subgroup(rest, valid_fraction, derive_seed(seed, "valid"))], "split"] = "valid"
+    if missing := {"train", "valid", "test"} - set(table.split):
+        raise BoigError(f"{len(table)} drawings leave nothing for {', '.join(sorted(missing))}. Use more rows or other fractions.")
     return table
 
 # %% ../../nbs/48_benches/49_emojibench.ipynb #0ef15b08

@@ -24,7 +24,9 @@ class KPI:
     wish: str = "" # as in "approximate number of impressions/views"; "" = `name`
 
     @property
-    def asked(self) -> str: return self.wish or self.name
+    def asked(self) -> str:
+        "The name by which it is asked for."
+        return self.wish or self.name
 
 @dataclass(frozen=True)
 class DataSpec:

@@ -9,6 +9,7 @@ __all__ = ['BUCKETS', 'join_sources', 'render_svg', 'build_emojibench', 'load_em
 # %% ../../nbs/10_data/12_emoji.ipynb #53b93170
 import csv
 import json
+import re
 from io import BytesIO
 
 import numpy as np
@@ -70,12 +71,19 @@ def decode_images(
 def _words(text: str) -> list[str]:
     return [w for w in "".join(c.lower() if c.isalnum() else " " for c in text).split()]
 
+def _stem(word: str) -> str:
+    "`word` without a common ending and a final e, y or i, doubled consonants made single."
+    word = re.sub(r"(ings?|ed|ers?|ies|es|s)$", "", word) if len(word) > 4 else word
+    return re.sub(r"(.)\1$", r"\1", re.sub(r"[eyi]$", "", word) if len(word) > 3 else word)
+
 def gives_away(
     text: str, # a keyword, or part of a caption
     name: str, # the drawing's name
 ) -> bool:
-    "Whether a word of `text` is a word of `name`, or (from 3 letters on) one begins the other."
-    def same(a, b): return a == b or (min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a)))
+    "Whether a word of `text` and one of `name` share a stem or five first letters, or one begins (3 letters) or holds (4 letters) the other."
+    def same(a, b):
+        (short, long), (s, t) = sorted((a, b), key=len), sorted((_stem(a), _stem(b)), key=len)
+        return short == long or s == t or (len(s) >= 5 and s[:5] == t[:5]) or (len(s) >= 3 and t.startswith(s)) or (len(short) >= 4 and short in long) or (len(s) >= 4 and s in t)
     return any(same(a, b) for a in _words(text) for b in _words(name))
 
 # %% ../../nbs/10_data/12_emoji.ipynb #d44cefa2
@@ -116,6 +124,7 @@ def split_by_subgroup(
 ) -> np.ndarray: # bool, True where a row is held out
     "Hold out whole subgroups, about `fraction` of each group's rows, of none more than fits."
     rng, held = np.random.default_rng(seed), set()
+    if fraction <= 0: return np.zeros(len(table), dtype=bool)
     for group, rows in table.groupby("group", sort=True):
         sizes = rows.groupby("subgroup", sort=True).size()
         room = fraction * len(rows)

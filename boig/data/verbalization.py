@@ -84,13 +84,18 @@ class Parsed:
 # %% ../../nbs/10_data/11_verbalization.ipynb #c4e5a37c
 def _load(text: str) -> tuple[dict | None, list[str]]:
     "The first JSON object in `text`, and notes on how it was got."
-    try: return (d, []) if isinstance(d := json.loads(text), dict) else (None, [])
+    twice = []
+    def unique(pairs):
+        d = dict(pairs)
+        if len(d) < len(pairs): twice.append("a name stands twice; the last one counts")
+        return d
+    try: return (d, twice) if isinstance(d := json.loads(text, object_pairs_hook=unique), dict) else (None, [])
     except (ValueError, RecursionError): pass
     start = text.find("{")
     if start < 0: return None, []
-    try: d, end = json.JSONDecoder().raw_decode(text, start)
+    try: d, end = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, start)
     except (ValueError, RecursionError): d = None
-    if isinstance(d, dict): return d, ["text around the JSON"]
+    if isinstance(d, dict): return d, ["text around the JSON", *twice]
     try: d = _python_literal(text[start:text.rfind("}") + 1])
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError): d = _repair(text[start:])
     return (d, ["repaired JSON"]) if isinstance(d, dict) else (None, [])

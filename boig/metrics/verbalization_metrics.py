@@ -66,8 +66,8 @@ def coverage_rmse(g: np.ndarray, p: np.ndarray) -> np.ndarray: # two [N, 40] (co
 
 # %% ../../nbs/40_metrics/41_verbalization_metrics.ipynb #96f35ce5
 def _objects(verbalizations: list) -> tuple[np.ndarray, list, np.ndarray]: # picture of each object, names, boxes [M, 4]
-    "All objects of all verbalisations in one list."
-    rows = [(n, clean_name(name), box) for n, v in enumerate(verbalizations) for name, box in v.objects.items()]
+    "All objects of all verbalisations in one list; of names that differ only in case, the last counts."
+    rows = [(n, name, box) for n, v in enumerate(verbalizations) for name, box in {clean_name(k): b for k, b in v.objects.items()}.items()]
     boxes = np.array([r[2] for r in rows], dtype=float).reshape(-1, 4)
     return np.array([r[0] for r in rows], dtype=int), [r[1] for r in rows], boxes
 
@@ -136,13 +136,16 @@ def bootstrap_means(
     scores: np.ndarray, # [N, M], NaN = undefined
     resamples: int, # R
     seed: int,
+    groups=None, # [N] labels of rows that are drawn together; None = each row by itself
 ) -> np.ndarray: # [4, M]: mean, lower and upper end of the 95% interval, number defined
-    "Column means over defined values, with percentile bootstrap intervals over rows."
+    "Column means over defined values, with percentile bootstrap intervals over rows or groups of rows."
     scores = np.asarray(scores, dtype=float)
     n, defined = len(scores), ~np.isnan(scores)
     mean = _ratio(np.where(defined, scores, 0).sum(0), defined.sum(0))
     if n == 0: return np.stack([mean, mean, mean, np.zeros(scores.shape[1])])
-    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+    _, group = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
+    k = group.max() + 1
+    W = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples).astype(float)[:, group]
     means = _ratio(W @ np.where(defined, scores, 0), W @ defined)
     enough = defined.sum(0) >= FEWEST
     ends = np.full((2, scores.shape[1]), np.nan)

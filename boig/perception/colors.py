@@ -33,6 +33,8 @@ def color_shares(
 ) -> tuple[torch.Tensor, torch.Tensor]: # [B, 40] and [B, 3] float32, rows sum to 1
     "Shares of the 40 palette colours and of the three tones."
     if images.ndim != 4 or images.shape[1] != 3: raise BoigError(f"Pictures must be [B, 3, H, W], not {list(images.shape)}.")
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise BoigError("Pictures must be floats in [0, 1]; divide 8-bit pictures by 255.")
     if masks is None: masks = torch.ones_like(images[:, 0], dtype=torch.bool)
     if not masks.flatten(1).any(1).all(): raise BoigError("A mask is empty: a picture has no drawing in it.")
     picture, pixels = masks.nonzero()[:, 0], images.permute(0, 2, 3, 1)[masks].float()
