@@ -44,7 +44,7 @@ STOCK = DataSpec(_CONTENT + (("release date", "release date"),), (
     KPI("impressions", "how many times the image was seen by someone", wish="impressions/views")))
 EMOJIBENCH = DataSpec(_CONTENT, (KPI("uses", "how many times the image was used in tweets"),))
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #5253b489
+# %% ../../nbs/48_benches/48_instructions.ipynb #6141fde1
 def _numbered(items, start: int = 1) -> str:
     return " ".join(f"({n}) {item}" for n, item in enumerate(items, start))
 
@@ -56,7 +56,7 @@ _OBJECTS = "main objects present in the image and the diagonal coordinates of th
 def _colors(dash: str) -> str:
     return f"colour and tones from the lists given below: {dash} Allowed colours: {list(COLOR_NAMES)} {dash} Allowed tones: {list(TONE_NAMES)}"
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #6141fde1
+# %% ../../nbs/48_benches/48_instructions.ipynb #140abbc2
 def _head(spec: DataSpec, listing: int) -> str:
     "What is given and what is asked, up to the data."
     content, first = [h for _, h in spec.content], len(spec.content) + 1
@@ -80,7 +80,7 @@ def _tail(listing: int) -> str:
     "What follows the data."
     return f"]{'.' if listing == 4 else ''} Answer properly in JSON format. Do not include any other information in your answer."
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #140abbc2
+# %% ../../nbs/48_benches/48_instructions.ipynb #ae3081ea
 def template(
     spec: DataSpec,
     listing: int, # 1 to 4
@@ -90,7 +90,7 @@ def template(
     if listing > 2 and not spec.kpis: raise BoigError(f"Listing {listing} asks for behaviour; this data set has no KPI.")
     return _head(spec, listing), _tail(listing)
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #8b3bf906
+# %% ../../nbs/48_benches/48_instructions.ipynb #83975025
 def instruction(
     spec: DataSpec,
     content: dict, # value of each content field, by label
@@ -105,7 +105,7 @@ def instruction(
     if listing < 4: data += [(label[listing].format(k.name if listing == 1 else k.asked), behaviour[k.name]) for k in spec.kpis]
     return head + ", ".join(f'{name}: "{value}"' for name, value in data) + tail
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #83975025
+# %% ../../nbs/48_benches/48_instructions.ipynb #a5ee570d
 def answer(
     spec: DataSpec,
     listing: int, # 1 to 4
@@ -117,7 +117,7 @@ def answer(
     if listing > 2: return "{" + exact + "}"
     return verbalization.to_json()[:-1] + (", " + exact if exact else "") + "}"
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #fd02b6fb
+# %% ../../nbs/48_benches/48_instructions.ipynb #6c9882ad
 def noisy_behaviour(
     behaviour: dict, # exact value of each KPI
     rng: np.random.Generator,
@@ -129,7 +129,7 @@ def noisy_behaviour(
     width = noise if kind == "uniform" else 0.2 * (rng.random() < noise)
     return {k: int(round(b * rng.uniform(1 - width, 1 + width))) for k, b in behaviour.items()}
 
-# %% ../../nbs/48_benches/48_instructions.ipynb #9c13f7fe
+# %% ../../nbs/48_benches/48_instructions.ipynb #df3178fb
 @dataclass(frozen=True)
 class Example:
     "One question with its answer."
