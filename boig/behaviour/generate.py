@@ -106,7 +106,7 @@ class Constraint:
         m, ids = self.matcher(), tokenizer(text, add_special_tokens=False).input_ids
         return m.try_consume_tokens(ids) == len(ids) and m.is_accepting()
 
-# %% ../../nbs/60_behaviour/61_generate.ipynb #a4a65d6c
+# %% ../../nbs/60_behaviour/61_generate.ipynb #a7d0bf92
 class GrammarProcessor(LogitsProcessor):
     "Masks the logits of tokens that can't lead to a sentence of the grammar; greedy or sampling, not beams."
     def __init__(self, constraint: Constraint, rows: int, eos_token_id: int):
@@ -126,7 +126,7 @@ class GrammarProcessor(LogitsProcessor):
         allowed[done, self.eos] = True
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
 
-# %% ../../nbs/60_behaviour/61_generate.ipynb #631e6747
+# %% ../../nbs/60_behaviour/61_generate.ipynb #21770ce4
 @torch.no_grad()
 def generate_answers(
     model, tokenizer,
