@@ -34,7 +34,7 @@ def scenes():
     return [random_scene(rng) for _ in range(400)]
 
 @pytest.fixture(scope="module")
-def tweets(): return make_tweets(6000, seed=3)
+def tweets(): return make_tweets(4000, seed=3)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory): return write_market(tmp_path_factory.mktemp("market")/"pocket", tweets=900, stock=300, seed=5)
