@@ -179,7 +179,7 @@ def make_tweets(
     likes = rng.poisson(lucky([math.exp(sum(d["terms"].values())) for d in drafts], oracle_constants()["noise"]["likes"], rng))
     return [Tweet(**d, likes=int(l)) for d, l in zip(drafts, likes)]
 
-# %% ../../nbs/10_data/14_market.ipynb #3f977e54
+# %% ../../nbs/10_data/14_market.ipynb #dee60d71
 FUNNEL = ("impressions", "forwards", "downloads")
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ STOCK_CAPTIONS = ("{O} illustration, {s} concept", "{O} with copy space for your
                   "{O}, {t} theme, {s} promotion banner", "Advertising picture of {a} for {s}", "{O} icon, {t} business concept")
 GENERIC = ("illustration", "drawing", "design", "concept", "advertising", "banner", "copy space", "nobody", "vector", "sale", "offer", "poster", "icon", "symbol", "template")
 
-# %% ../../nbs/10_data/14_market.ipynb #6caca1f3
+# %% ../../nbs/10_data/14_market.ipynb #9e7a4cd2
 def stock_words(scene: Scene, sector: str, month: int, rng: np.random.Generator) -> tuple[str, str]: # caption, keywords
     "A stock picture's caption and keywords: main object, theme and occasion, never looks."
     main = next(iter(truth(scene)))
@@ -213,7 +213,7 @@ def funnel(means: np.ndarray, rng: np.random.Generator) -> np.ndarray: # [N, 3] 
     for i in (1, 2): counts.append(rng.binomial(counts[-1], lucky(means[:, i] / means[:, i - 1], noise["rate"], rng).clip(0, 1)))
     return np.stack(counts, 1)
 
-# %% ../../nbs/10_data/14_market.ipynb #dee60d71
+# %% ../../nbs/10_data/14_market.ipynb #f9268b2b
 def make_stock(n: int = 3000, seed: int = 42) -> list[Asset]: # oldest first
     "Five years of the contributors' assets with their KPIs."
     rng = np.random.default_rng(derive_seed(seed, "stock"))
@@ -228,7 +228,7 @@ def make_stock(n: int = 3000, seed: int = 42) -> list[Asset]: # oldest first
     means = np.array([[expected(v, Context(d[0], d[1]), k) for k in FUNNEL] for d, v in zip(drafts, views)]).reshape(-1, 3)
     return [Asset(*d, dict(zip(FUNNEL, m.tolist())), dict(zip(FUNNEL, c.tolist()))) for d, m, c in zip(drafts, means, funnel(means, rng))]
 
-# %% ../../nbs/10_data/14_market.ipynb #d6a88c6c
+# %% ../../nbs/10_data/14_market.ipynb #4f63a13d
 def snowflake(time: datetime.datetime, number: int) -> str:
     "X's identifiers: milliseconds since November 2010, then 22 bits that tell equal times apart."
     ms = round(time.replace(tzinfo=datetime.timezone.utc).timestamp() * 1000) - 1288834974657
@@ -250,7 +250,7 @@ def _media(t: Tweet, key: str, scene: Scene, alt: bool) -> dict:
     if t.media == "photo": return row | {"url": f"https://pbs.twimg.com/media/{key}.png"}
     return row | {"preview_image_url": f"https://pbs.twimg.com/preview/{key}.png", "variants": [{"content_type": "video/mp4", "url": f"https://video.twimg.com/{key}.mp4"}]}
 
-# %% ../../nbs/10_data/14_market.ipynb #028415df
+# %% ../../nbs/10_data/14_market.ipynb #7963c5e2
 def to_api(
     tweets: list[Tweet], # of one account, oldest first
     seed: int,
@@ -274,7 +274,7 @@ def to_api(
 
 def user_id(account: str) -> str: return str(10**9 + derive_seed(0, "user", account))
 
-# %% ../../nbs/10_data/14_market.ipynb #4f63a13d
+# %% ../../nbs/10_data/14_market.ipynb #d2056223
 PAGE = 100 # tweets on a page; the API's largest
 
 def pages(
@@ -292,7 +292,7 @@ def pages(
         found.append({"data": data, "includes": ({"media": list(media.values())} if media else {}) | {"users": users}, "meta": meta})
     return found
 
-# %% ../../nbs/10_data/14_market.ipynb #bc40e8a2
+# %% ../../nbs/10_data/14_market.ipynb #21f46b99
 def _png(scene: Scene) -> bytes:
     "A scene's picture as a PNG file."
     out = BytesIO()
@@ -313,7 +313,7 @@ def _spoil(lines: list[dict], number: int, seed: int) -> list:
         lines.insert(int(rng.integers(1, len(lines) + 1)), broken)
     return lines
 
-# %% ../../nbs/10_data/14_market.ipynb #9a908724
+# %% ../../nbs/10_data/14_market.ipynb #b2084dc0
 def _write_tweets(folder: Path, tweets: list[Tweet], seed: int, malformed: int):
     "twitter/ and its part of truth/."
     (folder/"twitter"/"media").mkdir(parents=True)
@@ -343,7 +343,7 @@ def _write_stock(folder: Path, assets: list[Asset]):
     pd.DataFrame(table, columns=columns).to_csv(folder/"stock"/"assets.csv", index=False, lineterminator="\n")
     _lines(folder/"truth"/"stock.jsonl", facts)
 
-# %% ../../nbs/10_data/14_market.ipynb #21f46b99
+# %% ../../nbs/10_data/14_market.ipynb #c1f122e9
 def write_market(
     folder, # to make; must not be there yet, or be empty
     tweets: int = 4000,
