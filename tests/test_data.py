@@ -120,3 +120,18 @@ def test_palette_names_are_listing_ones():
     from pathlib import Path
     text = json.loads((Path(__file__).parent/"data"/"boig_listings.json").read_text(encoding="utf-8"))["1"]["input"]
     assert f"Allowed colours: {list(COLOR_NAMES)}" in text
+
+
+def test_croissant_describes_the_shipped_file():
+    import json
+    from boig.core import project_root, sha256_file
+    from boig.zoo import resolve
+    path = project_root()/"data_cards"/"emojibench.croissant.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    file, = card["distribution"]
+    assert file["sha256"] == sha256_file(resolve("emojibench")) and (path.parent/file["contentUrl"]).resolve().samefile(resolve("emojibench"))
+    assert [f["source"]["extract"]["column"] for f in card["recordSet"][0]["field"]] == list(pd.read_parquet(resolve("emojibench")).columns)
+    for key in ("name", "description", "license", "citeAs", "rai:dataBiases", "rai:dataLimitations", "rai:personalSensitiveInformation"): assert card[key]
+    mlcroissant = pytest.importorskip("mlcroissant")
+    first = next(iter(mlcroissant.Dataset(jsonld=str(path)).records("drawings")))
+    assert first["drawings/name"] == b"face with tears of joy" and first["drawings/uses"] == 14622
