@@ -33,6 +33,11 @@ class Entry:
     about: str
     package: str = "" # name and exact version, for "wheel" and "npm"
 
+    @property
+    def cached(self) -> Path:
+        "Where its unpacked archive is kept."
+        return cache_dir()/f"{self.name}-{self.sha256[:12]}"
+
 def entries() -> dict[str, Entry]:
     "All registered entries by name."
     table = tomllib.loads(files("boig").joinpath("zoo.toml").read_text(encoding="utf-8"))
@@ -69,7 +74,7 @@ def _unpack(archive: Path, folder: Path):
 
 def _fetch(entry: Entry) -> Path:
     "The unpacked archive of an entry, from the cache or downloaded, checked and moved there in one step."
-    target = cache_dir()/f"{entry.name}-{entry.sha256[:12]}"
+    target = entry.cached
     if target.is_dir(): return target
     try: cache_dir().mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BoigError(f"Cannot write in {cache_dir()}: {e.strerror}. Set BOIG_CACHE to a folder you can write to.") from e
@@ -121,7 +126,7 @@ def check() -> dict[str, str]:
     "For each entry 'ok', 'not fetched', 'missing' or 'changed' (shipped files are hashed); fetches nothing."
     def state(e: Entry) -> str:
         if e.kind != "packaged":
-            here = (e.kind == "wheel" and _installed(e)) or (cache_dir()/f"{e.name}-{e.sha256[:12]}").is_dir()
+            here = (e.kind == "wheel" and _installed(e)) or e.cached.is_dir()
             return "ok" if here else "not fetched"
         path = resolve(e.name)
         return "missing" if not path.is_file() else "ok" if sha256_file(path) == e.sha256 else "changed"

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from boig.core import BoigError
-from boig.data import market, world
-from boig.data.market import FUNNEL, make_stock, make_tweets, seen, snowflake, write_market
+from boig.benches import market
+from boig.data import world
+from boig.benches.market import FUNNEL, make_stock, make_tweets, seen, snowflake, write_market
 from boig.data.palette import COLOR_NAMES, PALETTE_HEX, nearest_color
 from boig.data.verbalization import Verbalization, problems
 from boig.data.world import (BACKGROUNDS, KPIS, STYLES, Context, Placed, Scene, accounts, caption, expected, explain, load_sprites, oracle_constants,
@@ -295,7 +296,7 @@ def test_an_error_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 def test_a_killed_run_leaves_no_market(tmp_path):
-    code = f"from boig.data.market import write_market; write_market({str(tmp_path/'m')!r}, tweets=20000, stock=0)"
+    code = f"from boig.benches.market import write_market; write_market({str(tmp_path/'m')!r}, tweets=20000, stock=0)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     for _ in range(600):
         if list(tmp_path.iterdir()): break

@@ -6,13 +6,11 @@
 __all__ = ['KPI_ORDER', 'pick_test_rows', 'shuffled_kpis', 'ask', 'score_answers', 'constant_answer', 'table1', 'differences']
 
 # %% ../../nbs/60_behaviour/62_evaluate.ipynb #8bd9673d
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
 from .generate import Constraint, generate_answers, verbalization_grammar
-from ..benches.instructions import DataSpec, instruction
+from ..benches.instructions import DataSpec, listing1
 from ..core import BoigError, derive_seed
 from ..data.palette import TONE_NAMES
 from ..data.verbalization import MAX_COLORS, Verbalization, parse, round_to_one
@@ -43,6 +41,10 @@ def shuffled_kpis(
     return rows.assign(**{k: rows[k].to_numpy()[donor] for k in kpis})
 
 # %% ../../nbs/60_behaviour/62_evaluate.ipynb #ce556514
+def _resolutions(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    "Width and height of each row's picture, as the instructions write them."
+    return [tuple(map(int, r.strip("()").split(","))) for r in rows["image resolution"]]
+
 def ask(
     model, tokenizer,
     rows: pd.DataFrame, # content fields and KPI columns
@@ -54,10 +56,9 @@ def ask(
     max_new_tokens: int = 400,
 ) -> list[str]: # one answer a row
     "Put Listing 1's question about each row to a model."
-    resolutions = {tuple(map(int, r.strip("()").split(","))) for r in rows["image resolution"]}
+    resolutions = set(_resolutions(rows))
     if len(resolutions) != 1 and constrained: raise BoigError(f"Constrained answers need one resolution, not {sorted(resolutions)}.")
-    spec = spec if with_behaviour else replace(spec, kpis=())
-    prompts = [instruction(spec, r, 1, {k.name: int(r[k.name]) for k in spec.kpis}) for _, r in rows.iterrows()]
+    prompts = [listing1(spec.told(with_behaviour), r) for _, r in rows.iterrows()]
     grammar = Constraint(verbalization_grammar(resolutions.pop(), most_objects), tokenizer, model.config.vocab_size) if constrained else None
     return generate_answers(model, tokenizer, prompts, grammar, batch_size, max_new_tokens)
 
@@ -70,8 +71,7 @@ def score_answers(
     "Parse and score answers against the truth; unreadable ones are undefined, and counted."
     parsed = [parse(a) for a in answers]
     truth = [parse(v).value for v in rows.verbalization]
-    resolutions = [tuple(map(int, r.strip("()").split(","))) for r in rows["image resolution"]]
-    scores = score_verbalizations(truth, [p.value for p in parsed], resolutions, nlp)
+    scores = score_verbalizations(truth, [p.value for p in parsed], _resolutions(rows), nlp)
     return pd.concat([pd.DataFrame({"bucket": rows.bucket.to_numpy(), "group": rows.subgroup.to_numpy(), "readable": [p.value is not None for p in parsed],
                                     "clean": [p.clean for p in parsed]}), scores], axis=1)
 

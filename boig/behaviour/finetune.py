@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'fixed_texts', 'train_tokenizer', 'valid_examples', 'examples_of', 'make_pocket_llama', 'load_llm',
-           'add_lora', 'encode_example', 'GroupDataset', 'PadGroups', 'last_checkpoint', 'training_arguments',
-           'finetune', 'save_llm']
+           'add_lora', 'encode_prompt', 'encode_example', 'GroupDataset', 'PadGroups', 'last_checkpoint',
+           'training_arguments', 'finetune', 'save_llm']
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #739993ec
 import json
@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llam
                           TrainerCallback, TrainingArguments)
 from transformers.utils import logging as hf_logging
 
-from ..benches.instructions import DataSpec, Example, examples, instruction, template
+from ..benches.instructions import DataSpec, Example, examples, listing1, template
 from ..core import BoigError, derive_seed, get_device, seed_everything, write_json
 from ..data.verbalization import parse
 from ..zoo import resolve
@@ -33,8 +33,7 @@ PIECES = r"""\d|[\[\]{}"':,.()]+ ?[\[\]{}"':,.()]*|[^\d\[\]{}"':,.()]+"""
 
 def fixed_texts(spec: DataSpec) -> list[str]:
     "Heads and tails of the instructions, with and without behaviour."
-    plain = replace(spec, kpis=())
-    pairs = [template(spec, n) for n in (1, 2, 3, 4)] + [template(plain, n) for n in (1, 2)]
+    pairs = [template(spec, n) for n in (1, 2, 3, 4)] + [template(spec.told(False), n) for n in (1, 2)]
     return list(dict.fromkeys(text for pair in pairs for text in pair))
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #e1b93d43
@@ -65,8 +64,7 @@ def valid_examples(
     with_behaviour: bool,
 ) -> list[list[Example]]: # one group of one example a row
     "Listing 1 about each row: what a checkpoint is chosen by, the same targets for both twins."
-    spec = spec if with_behaviour else replace(spec, kpis=())
-    return [[Example(1, instruction(spec, row, 1, {k.name: int(row[k.name]) for k in spec.kpis}), row["verbalization"])] for _, row in table.iterrows()]
+    return [[Example(1, listing1(spec.told(with_behaviour), row), row["verbalization"])] for _, row in table.iterrows()]
 
 def examples_of(
     table, # rows of a benchmark: content fields, KPI columns, verbalization, hexcode
@@ -78,7 +76,7 @@ def examples_of(
     key: str = "hexcode", # the column that names a row
 ) -> list[list[Example]]: # one group a row: the verbalisation example, then BoigLLM's behaviour example
     "What a twin learns, row by row; both twins get their groups in the same order."
-    return [examples(spec, row, parse(row["verbalization"]).value, {k.name: int(row[k.name]) for k in spec.kpis},
+    return [examples(spec, row, parse(row["verbalization"]).value, spec.behaviour(row),
                      with_behaviour, derive_seed(seed, row[key]), noise, noise_kind) for _, row in table.iterrows()]
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #b9c9b6c0
@@ -135,14 +133,18 @@ def add_lora(
     return model
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #e368e745
+def encode_prompt(prompt: str, tokenizer) -> list[int]:
+    "Token ids of a question, the same in training and in generation: the start token, if there is one, then the text."
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return start + tokenizer(prompt, add_special_tokens=False).input_ids
+
 def encode_example(
     example: Example,
     tokenizer,
     max_length: int = 2048, # tokens; a longer example is an error, not a silent cut through its answer
 ) -> dict: # input_ids and labels, lists of int
     "Token ids of prompt and answer, with labels on the answer (and its end) only."
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    prompt = start + tokenizer(example.prompt, add_special_tokens=False).input_ids
+    prompt = encode_prompt(example.prompt, tokenizer)
     answer = tokenizer(example.answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     if len(prompt) + len(answer) > max_length:
         raise BoigError(f"An example has {len(prompt) + len(answer)} tokens, more than max_length = {max_length}. Shorten its keywords or raise max_length.")
@@ -187,12 +189,13 @@ def last_checkpoint(run_dir) -> Path | None:
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #253cb1ee
 def training_arguments(run_dir, steps, batch_size, learning_rate, warmup_ratio, eval_every, seed, device) -> TrainingArguments:
     "The paper's schedule (appendix A.2) as transformers' arguments."
+    kind = get_device(device).type
     return TrainingArguments(
         output_dir=str(run_dir), max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
         learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=math.ceil(warmup_ratio * steps), logging_steps=1,
         eval_strategy="steps", eval_steps=min(eval_every, steps), save_strategy="steps", save_steps=min(eval_every, steps), save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", seed=seed, data_seed=seed, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, use_cpu=get_device(device).type == "cpu", bf16=get_device(device).type == "cuda", dataloader_pin_memory=False, logging_strategy="steps", log_level="error")
+        remove_unused_columns=False, use_cpu=kind == "cpu", bf16=kind == "cuda", dataloader_pin_memory=False, log_level="error")
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #e787519b
 class _QuietTrainer(Trainer):

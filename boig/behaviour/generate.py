@@ -15,6 +15,7 @@ from llguidance.hf import from_tokenizer
 from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .finetune import encode_prompt
 from ..core import BoigError
 from ..data.palette import COLOR_NAMES
 from ..data.verbalization import MAX_COLORS, MIN_COVERAGE
@@ -138,8 +139,7 @@ def generate_answers(
 ) -> list[str]: # in the order of the prompts
     "Answers to instructions, in batches of similar length."
     model.eval()
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = [start + tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    ids = [encode_prompt(p, tokenizer) for p in prompts]
     order, answers = sorted(range(len(ids)), key=lambda i: len(ids[i])), {}
     for at in range(0, len(order), batch_size):
         rows = order[at:at + batch_size]

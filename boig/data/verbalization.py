@@ -93,7 +93,7 @@ def _load(text: str) -> tuple[dict | None, list[str]]:
     except (ValueError, RecursionError): pass
     start = text.find("{")
     if start < 0: return None, []
-    try: d, end = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, start)
+    try: d, _ = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, start)
     except (ValueError, RecursionError): d = None
     if isinstance(d, dict): return d, ["text around the JSON", *twice]
     try: d = _python_literal(text[start:text.rfind("}") + 1])
