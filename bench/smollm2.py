@@ -12,10 +12,10 @@ for name in ("boig_llm", "boig_llm_plain"):
     stage = json.loads((results/"provenance"/f"{name}.json").read_text(encoding="utf-8"))
     record["stages"][name] = {"seconds": stage["seconds"], "parameters": {k: v for k, v in stage["parameters"].items() if k not in ("results", "run_dir")}}
     record |= {k: stage["provenance"][k] for k in ("time", "commit", "changed_since_commit", "cpu", "cores", "threads", "packages")}
-bench = pd.read_parquet(results/"data"/"emojibench.parquet").set_index("hexcode")
+bench = pd.read_parquet(results/"data"/"emojibench.parquet").set_index("id")
 for name in ("boig_llm", "boig_llm_plain"):
     answers = pd.read_parquet(results/"data"/f"{name}.parquet")
     record["stages"][name] |= {f"free answers {k}": int(answers[f"free_{k}"].iloc[0]) for k in ("n", "read", "clean")}
-    record["answers"] += [{"model": name, "told": r.condition, "uses told": int(r["told uses"]), "drawing": bench.loc[r.hexcode, "name"],
-                           "truth": bench.loc[r.hexcode, "verbalization"], "answer": r.answer} for _, r in answers.iterrows()]
+    record["answers"] += [{"model": name, "told": r.condition, "told KPIs": r.told, "drawing": bench.loc[r["id"], "name"],
+                           "truth": bench.loc[r["id"], "verbalization"], "answer": r.answer} for _, r in answers.iterrows()]
 write_json(Path(__file__).parent/"results"/"smollm2.json", record)

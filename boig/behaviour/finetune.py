@@ -67,17 +67,16 @@ def valid_examples(
     return [[Example(1, listing1(spec.told(with_behaviour), row), row["verbalization"])] for _, row in table.iterrows()]
 
 def examples_of(
-    table, # rows of a benchmark: content fields, KPI columns, verbalization, hexcode
+    table, # rows of a benchmark: content fields, KPI columns, verbalization, id
     spec: DataSpec,
     with_behaviour: bool,
     seed: int,
     noise: float = 0.2,
     noise_kind: str = "uniform",
-    key: str = "hexcode", # the column that names a row
 ) -> list[list[Example]]: # one group a row: the verbalisation example, then BoigLLM's behaviour example
     "What a twin learns, row by row; both twins get their groups in the same order."
     return [examples(spec, row, parse(row["verbalization"]).value, spec.behaviour(row),
-                     with_behaviour, derive_seed(seed, row[key]), noise, noise_kind) for _, row in table.iterrows()]
+                     with_behaviour, derive_seed(seed, row["id"]), noise, noise_kind) for _, row in table.iterrows()]
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #b9c9b6c0
 def make_pocket_llama(

@@ -43,7 +43,7 @@ def build_benchmark(
     table = load_emojibench()
     if not 0 <= rows <= len(table): raise BoigError(f"EmojiBench has {len(table)} drawings; {rows} were asked for.")
     if rows: table = table.iloc[np.linspace(0, len(table) - 1, rows).astype(int)].reset_index(drop=True)
-    images = decode_images(table.image)
+    images, table["id"] = decode_images(table.image), table.hexcode
     table["captions"], table["keywords"] = zip(*table.apply(describe, axis=1))
     table["image resolution"] = f"({images.shape[2]}, {images.shape[1]})"
     table["verbalization"] = [v.to_json() for v in verbalize_drawings(images, list(table["name"]))]

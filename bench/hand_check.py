@@ -1,0 +1,57 @@
+"""A sample of pocket-sd's pictures, looked at by a person, so that the detector's word is not the last one.
+
+    python bench/hand_check.py draw FOLDER          # 100 pictures for held-out captions, as numbered sheets to look at
+    python bench/hand_check.py label FOLDER 3,17    # the numbers whose asked main object can NOT be recognised
+
+The second command writes bench/results/pocket_sd_hand_check.parquet, which bench/zoo.py compares with the detector.
+"""
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from boig.core import atomic_path
+from boig.data.world import caption
+from boig.diffusion.pipeline import draw, load_pipeline, sampling
+from boig.pocket.captions import samples
+from boig.zoo import resolve, sha256_tree
+
+SAMPLE = Path(__file__).parent/"results"/"pocket_sd_hand_check.parquet"
+
+
+def png(picture):
+    out = BytesIO()
+    Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(out, "PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def draw_sample(folder, n=100, a_sheet=20):
+    scenes = samples(n, 5, "hand check", unseen=True)[0]
+    texts = [caption(s) for s in scenes]
+    pictures = draw(load_pipeline("pocket-sd"), texts, seed=5, **sampling("pocket-sd"))
+    table = pd.DataFrame({"number": range(n), "caption": texts, "main": [s.objects[-1].name for s in scenes], "image": [png(p) for p in pictures]})
+    folder.mkdir(parents=True, exist_ok=True)
+    table.assign(weights=sha256_tree(resolve("pocket-sd"))).to_parquet(folder/"sample.parquet", index=False)
+    for start in range(0, n, a_sheet):
+        fig, axes = plt.subplots(4, 5, figsize=(12, 11))
+        for ax, i in zip(axes.flat, range(start, start + a_sheet)):
+            ax.imshow(pictures[i].permute(1, 2, 0), interpolation="nearest"); ax.axis("off"); ax.set_title(f"{i}: {table.main[i]}", fontsize=11)
+        fig.tight_layout()
+        fig.savefig(folder/f"sheet{start:03d}.png", dpi=70)
+        plt.close(fig)
+
+
+def label(folder, missing):
+    table = pd.read_parquet(folder/"sample.parquet")
+    table["shown"] = ~table.number.isin([int(i) for i in missing.split(",") if i])
+    with atomic_path(SAMPLE) as tmp: table.to_parquet(tmp, index=False)
+    print(f"{table.shown.mean():.0%} of {len(table)} show the asked main object")
+
+
+if __name__ == "__main__":
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    draw_sample(folder) if command == "draw" else label(folder, sys.argv[3])

@@ -1,0 +1,126 @@
+"""How good the pocket zoo is, on held-out scenes: `python bench/zoo.py` writes bench/results/zoo.json.
+
+`python bench/zoo.py sd turbo` measures these parts anew and keeps the other figures.
+"""
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from diffusers import AutoencoderTiny
+from transformers import CLIPModel, CLIPTokenizer
+
+from boig.behaviour.finetune import load_llm
+from boig.benches.stock import decode
+from boig.core import provenance, write_json, write_text
+from boig.data.world import caption, truth
+from boig.diffusion.pipeline import draw, load_pipeline, sampling
+from boig.metrics.detection import mean_average_precision
+from boig.perception.detector import detect, load_detector
+from boig.pocket.captions import pixels, samples
+from boig.pocket.cards import card
+from boig.pocket.clip import normalize
+from boig.pocket.judges import load_judge, score
+from boig.pocket.llama import verbalization_quality
+from boig.pocket.quality import background_right, objects_shown, plain, right_caption
+from boig.pocket.vae import patch_pca, psnr
+from boig.zoo import entries, resolve, sha256_tree
+
+RESULTS = Path(__file__).parent/"results"/"zoo.json"
+
+
+def vae(n=512):
+    "Reconstruction of held-out scenes against the same number of principal components."
+    model, x = AutoencoderTiny.from_pretrained(resolve("pocket-vae")), pixels(samples(n, 1, "bench vae", unseen=True)[0])
+    with torch.no_grad(): y = model.decode(model.encode(normalize(x)).latents).sample.add(1).div(2).clamp(0, 1)
+    pca = patch_pca(pixels(samples(2000, 2, "bench vae")[0]), x, model.config.latent_channels)
+    return {"n": n, "psnr_db": psnr(x, y).mean().item(), "patch_pca_psnr_db": psnr(x, pca.clamp(0, 1)).mean().item()}
+
+
+def clip():
+    "The right caption among 64 with distinct object sets."
+    def accuracy(name): return right_caption(CLIPModel.from_pretrained(resolve(name), dtype=torch.float32), CLIPTokenizer.from_pretrained(resolve(name)))
+    return {name: accuracy(name) for name in ("pocket-clip", "pocket-eval")}
+
+
+def detector(n=1000):
+    "Mean average precision on held-out renders."
+    scenes = samples(n, 3, "bench detector", unseen=True)[0]
+    found = detect(load_detector("pocket-detector"), pixels(scenes))
+    return {"n": n, "map50": mean_average_precision([truth(s) for s in scenes], found)}
+
+
+def pictures(name, n):
+    "Held-out scenes, their full captions and what a generator draws for them."
+    scenes = samples(n, 4, "bench pictures", unseen=True)[0]
+    return scenes, draw(load_pipeline(name), [caption(s) for s in scenes], seed=4, **sampling(name))
+
+
+def shown(name, n=500):
+    "Are the asked objects and backgrounds there? Seconds a picture on all cores."
+    scenes, images = pictures(name, n)
+    main, two = objects_shown([{d.name for d in ds} for ds in detect(load_detector("pocket-detector"), images)], scenes)
+    flat = torch.tensor([plain(s) for s in scenes])
+    background = background_right(images[flat], [s for s in scenes if plain(s)])
+    pipe, texts, seconds = load_pipeline(name), [caption(s) for s in scenes[:16]], []
+    for _ in range(4):
+        start = time.perf_counter()
+        draw(pipe, texts, batch_size=16, **sampling(name))
+        seconds.append((time.perf_counter() - start) / 16)
+    return {"n": n, **sampling(name), "main_object": main.float().mean().item(), "two_objects": two.float().mean().item(), "n_two": len(two),
+            "background": background.float().mean().item(), "n_background": len(background),
+            "seconds_a_picture": statistics.median(seconds[1:]), "threads": torch.get_num_threads()}
+
+
+def hand():
+    "The detector against a person, on pocket-sd's own pictures (bench/hand_check.py)."
+    table = pd.read_parquet(RESULTS.parent/"pocket_sd_hand_check.parquet")
+    found = [{d.name for d in ds} for ds in detect(load_detector("pocket-detector"), decode(table.image))]
+    seen = [m in f for m, f in zip(table.main, found)]
+    return {"n": len(table), "shown_by_hand": float(table.shown.mean()), "shown_by_detector": sum(seen) / len(seen),
+            "detector_agrees": float((table.shown == seen).mean()), "of_these_weights": bool((table.weights == sha256_tree(resolve("pocket-sd"))).all())}
+
+
+def judges(n=300):
+    "How often a model scores a held-out picture higher for its own caption than for another scene's."
+    scenes = samples(n, 6, "bench judges", unseen=True)[0]
+    images, texts = pixels(scenes), [caption(s) for s in scenes]
+    def own(name):
+        model, tokenizer = load_judge(name)
+        with torch.no_grad(): return (score(model, tokenizer, images, texts) > score(model, tokenizer, images, texts[1:] + texts[:1])).float().mean().item()
+    return {"n": n} | {name: own(name) for name in ("pocket-image-reward", "pocket-pickscore", "pocket-hps")}
+
+
+def llama(n=200):
+    "Free answers about held-out captions, measured as pocket.llama measures them."
+    model, tokenizer = load_llm("pocket-llama", "cpu")
+    return {"n": n} | {who: row.to_dict() for who, row in verbalization_quality(model, tokenizer, n).iterrows()}
+
+
+PARTS = {"vae": vae, "clip": clip, "detector": detector, "sd": lambda: shown("pocket-sd"), "turbo": lambda: shown("pocket-turbo"), "hand": hand,
+         "judges": judges, "llama": llama}
+
+def figures(record, name):
+    "What is measured of a model, for its card."
+    part = {"pocket-vae": "vae", "pocket-detector": "detector", "pocket-sd": "sd", "pocket-turbo": "turbo", "pocket-llama": "llama"}.get(name)
+    if part: return {k: v for k, v in record.get(part, {}).get("model", record.get(part, {})).items() if k != "bench_seconds"}
+    if name in record.get("clip", {}): return {"right_caption_among_64": record["clip"][name]}
+    if name in record.get("judges", {}): return {"own caption preferred to another's": record["judges"][name]}
+    return {}
+
+
+if __name__ == "__main__":
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in sys.argv[1:] or PARTS:
+        start = time.perf_counter()
+        record[part] = PARTS[part]() | {"bench_seconds": round(time.perf_counter() - start, 1)}
+        print(part, json.dumps(record[part]), flush=True)
+    folders = [resolve(n) for n in entries() if n.startswith("pocket-")]
+    record["megabytes"] = round(sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) / 2**20, 1)
+    record["weights"] = {n: sha256_tree(resolve(n))[:12] for n in entries() if n.startswith("pocket-")}
+    write_json(RESULTS, record | {"provenance": provenance()})
+    for name, e in entries().items():
+        if name.startswith("pocket-"): write_text(resolve(name)/"README.md", card(name, figures(record, name)))
