@@ -27,7 +27,7 @@ def tok(): return llama.llama_tokenizer()
 def drawn(): return llama.draw_examples(60, 3, "test")
 
 @pytest.fixture(scope="module")
-def processor(): return idefics.make_processor()
+def processor(): return idefics.make_processor(8)
 
 
 # pocket-llama
@@ -173,13 +173,13 @@ def test_questions_about_two_pictures_are_true():
 
 def test_only_answers_are_learned(processor):
     rng = np.random.default_rng(4)
-    for pair in (True, False):
-        talks = [idefics.conversation(rng, pair) for _ in range(5)]
+    for pictures in (1, 2, 3):
+        talks = [idefics.conversation(rng, pictures, 4) for _ in range(5)]
         batch = idefics.make_batch(talks, processor)
         for (_, text), labels in zip(talks, batch["labels"]):
             learned = processor.tokenizer.decode(labels[labels != -100])
             assert learned == "".join(f" {a}<end_of_utterance>" for a in re.findall(r"Assistant: (.+?)<end_of_utterance>", text))
-        assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == processor.image_seq_len * 5 * (2 if pair else 3)
+        assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == processor.image_seq_len * 5 * pictures
 
 
 def test_what_gives_others_away_comes_last():
@@ -206,7 +206,8 @@ def test_patches_show_what_the_boxes_say():
     assert set(objects.flat) <= {0, *(names.index(o.name) for o in scene.objects)}
 
 
-SMALL = dict(steps=2, singles=1, pairs=2, vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+STAGES = [{"until": 0.5, "talks": [[3, 1, 2]]}, {"until": 1, "talks": [[1, 3, 2], [2, 2, 2]]}]
+SMALL = dict(steps=2, stages=STAGES, vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
              text=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32))
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def test_commands_exist():
 
 
 def test_table_is_the_recorded_one():
-    table = pd.read_csv(ROOT/"results"/"reference"/"first_light"/"boig_table1.csv")
+    table = pd.read_csv(ROOT/"results"/"reference"/"pocket"/"boig_table1.csv")
     every = table[table.KPI == "All"].set_index("Model")
     names = {"Finetuned Llama (the twin": "Finetuned Llama", "BoigLLM |": "Finetuned Llama (BoigLLM)", "BoigLLM, told": "Finetuned Llama (BoigLLM), shuffled KPI",
              "random training": "Random training picture", "constant answer (best": "Constant answer"}

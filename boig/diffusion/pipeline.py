@@ -6,8 +6,6 @@
 __all__ = ['load_pipeline', 'sampling', 'first_noise', 'draw']
 
 # %% ../../nbs/50_diffusion/50_pipeline.ipynb #87b8e95b
-from pathlib import Path
-
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 

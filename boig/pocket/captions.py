@@ -13,13 +13,12 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from ..benches.market import advertise, stock_words, tweet_text
 from ..core import derive_seed
-from ..data.palette import COLOR_NAMES
-from ..data.world import GRID, STYLES, Scene, accounts, caption, load_sprites, random_scene, render, truth, with_article, PLURALS
+from ..data.world import GRID, STYLES, Scene, accounts, caption, random_scene, render, truth, with_article, PLURALS
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #0f9a1c6c
 def held_out(scene: Scene) -> bool:

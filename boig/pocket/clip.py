@@ -9,7 +9,6 @@ __all__ = ['make_clip', 'tokens', 'normalize', 'contrastive', 'train_clip']
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from .captions import MAX_TOKENS, pixels, samples, zoo_tokenizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'SPECIAL', 'one_picture', 'draw_pair', 'two_pictures', 'turn', 'pick', 'conversation', 'make_processor',
            'make_idefics', 'patch_labels', 'picture_labels', 'make_heads', 'make_batch', 'forward', 'visual_loss',
-           'learn', 'train_idefics', 'question_accuracy', 'ask']
+           'learn', 'draw_batches', 'train_idefics', 'question_accuracy', 'ask']
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #e0a63a36
 from dataclasses import replace
@@ -94,23 +94,27 @@ def pick(asked: list[tuple], rng: np.random.Generator, n: int) -> list[tuple]:
     chosen = [asked[i] for i in rng.permutation(len(asked))[:n]]
     return sorted(chosen, key=lambda q: {"objects": 1, "caption": 2}.get(q[0], 0))
 
-def conversation(rng: np.random.Generator, pair: bool, unseen: bool = False) -> tuple[list[Scene], str]:
+def conversation(
+    rng: np.random.Generator,
+    pictures: int, # 2: a pair and questions about both; else one after another, each with questions of its own
+    questions: int, # about each picture, or about the pair
+) -> tuple[list[Scene], str]:
     "Pictures and what is said about them."
-    if pair:
-        scenes = list(draw_pair(rng, unseen))
-        return scenes, "".join(turn(q, a, 2 * (i == 0)) for i, (_, q, a) in enumerate(pick(two_pictures(*scenes, rng), rng, 6)))
-    scenes = [sample(rng, unseen)[0] for _ in range(3)]
-    return scenes, "".join(turn(q, a, i == 0) for s in scenes for i, (_, q, a) in enumerate(pick(one_picture(s, rng), rng, 4)))
+    if pictures == 2:
+        scenes = list(draw_pair(rng))
+        return scenes, "".join(turn(q, a, 2 * (i == 0)) for i, (_, q, a) in enumerate(pick(two_pictures(*scenes, rng), rng, questions)))
+    scenes = [sample(rng)[0] for _ in range(pictures)]
+    return scenes, "".join(turn(q, a, i == 0) for s in scenes for i, (_, q, a) in enumerate(pick(one_picture(s, rng), rng, questions)))
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #5ea4190b
 SPECIAL = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 
 @lru_cache(maxsize=None)
-def make_processor(latents: int = 8) -> Idefics2Processor: # tokens of a picture
+def make_processor(latents: int) -> Idefics2Processor: # tokens of a picture
     "pocket-idefics's processor; the same at every call."
     rng = np.random.default_rng(derive_seed(0, "idefics tokenizer"))
-    spoken = [conversation(rng, pair)[1].replace("<image>", " ") for _ in range(1500) for pair in (True, False)]
-    texts = [(spoken + [sample(rng)[1] for _ in range(2000)], 8), ([*load_sprites(), *(f" {n}" for n in load_sprites()), "The prompt is '' Score for this image? + -"], 1)]
+    spoken = [conversation(rng, n, 5)[1].replace("<image>", " ") for _ in range(600) for n in (2, 3)]
+    texts = [(spoken + [sample(rng)[1] for _ in range(1000)], 4), ([*load_sprites(), *(f" {n}" for n in load_sprites()), "The prompt is '' Score for this image? + -"], 1)]
     tokenizer = word_tokenizer(texts, ["User:", "\nUser:", "\nAssistant:"], 200, SPECIAL)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     images = Idefics2ImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 64}, do_image_splitting=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -199,6 +203,16 @@ def learn(parts: torch.nn.ModuleDict, batch: tuple) -> dict[str, torch.Tensor]: 
     right = torch.cat(logits).argmax(-1) == torch.cat(labels)
     return {"loss": answers + weight * visual, "answers": answers, "visual": visual, "first_choice": right.float().mean()}
 
+def draw_batches(
+    stages: list[dict], # until: share of the run; talks: [conversations, pictures, questions] of each kind
+    done: float, # share of the run
+    rng: np.random.Generator,
+    processor: Idefics2Processor,
+) -> list[dict]:
+    "The conversations of a step, as the stage of the run has them."
+    talks = next(s["talks"] for s in stages if done < s["until"])
+    return [make_batch([conversation(rng, pictures, questions) for _ in range(n)], processor) for n, pictures, questions in talks]
+
 def train_idefics(
     name: str, # of the recipe
     folder, # for the checkpoint and, at the end, the model
@@ -212,8 +226,8 @@ def train_idefics(
     model.set_attn_implementation("eager")  # of short sequences, plain products are faster than fused attention on a CPU
     parts = torch.nn.ModuleDict({"idefics": model, "heads": make_heads(r["vision"]["hidden_size"], r["latents"] * r["text"]["hidden_size"])})
     def batch(i):
-        rng = np.random.default_rng(derive_seed(r["seed"], name, i))
-        return 1 - i / r["steps"], [make_batch([conversation(rng, pair) for _ in range(r[size])], processor) for pair, size in ((False, "singles"), (True, "pairs"))]
+        done, rng = i / r["steps"], np.random.default_rng(derive_seed(r["seed"], name, i))
+        return 1 - done, draw_batches(r["stages"], done, rng, processor)
     log = fit(parts, batch, learn, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"])
     model.set_attn_implementation("sdpa")
     save_model(model, folder, log)
