@@ -195,7 +195,7 @@ def _fits(v: Verbalization | None, scene: Scene, text: str) -> dict[str, float]:
     right = [told(look.objects[o], o) for o in named if o in look.objects]
     asked = "background" in text and scene.style not in ("muted", "tinted") and scene.background != "gradient"
     return {"main object": float(named[0] in look.objects), "all objects": float(all(o in look.objects for o in named)),
-            "background": float(any(c in look.colors for c in scene.colors)) if asked else math.nan,
+            "background": float(np.mean([c in look.colors for c in scene.colors])) if asked else math.nan,
             "shape": float(np.mean(right)) if right else math.nan, "largest": float(bool(area) and area.get(named[0], 0) == max(area.values()))}
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #47ba17dc
