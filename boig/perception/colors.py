@@ -11,6 +11,7 @@ import torch
 from ..core import BoigError
 from ..data.palette import COLOR_NAMES, TONE_NAMES, nearest_lab, rgb_to_lab, tone_of_lab
 from ..data.verbalization import MAX_COLORS, MIN_COVERAGE, round_to_one
+from .pixels import check_pictures
 
 # %% ../../nbs/30_perception/30_colors.ipynb #71a0fb77
 _CHUNK = 2**18 # pixels at a time
@@ -32,9 +33,7 @@ def color_shares(
     masks: torch.Tensor | None = None, # [B, H, W] bool, True inside the drawing; None = the whole picture
 ) -> tuple[torch.Tensor, torch.Tensor]: # [B, 40] and [B, 3] float32, rows sum to 1
     "Shares of the 40 palette colours and of the three tones."
-    if images.ndim != 4 or images.shape[1] != 3: raise BoigError(f"Pictures must be [B, 3, H, W], not {list(images.shape)}.")
-    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise BoigError("Pictures must be floats in [0, 1]; divide 8-bit pictures by 255.")
+    check_pictures(images)
     if masks is None: masks = torch.ones_like(images[:, 0], dtype=torch.bool)
     if not masks.flatten(1).any(1).all(): raise BoigError("A mask is empty: a picture has no drawing in it.")
     picture, pixels = masks.nonzero()[:, 0], images.permute(0, 2, 3, 1)[masks].float()
