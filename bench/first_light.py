@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from boig.behaviour.finetune import examples_of, fixed_texts, make_pocket_llama, train_tokenizer
+from boig.behaviour.finetune import examples_of, fixed_texts, make_llama, train_tokenizer
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH
@@ -60,7 +60,7 @@ def main():
 
     groups = examples_of(bench, EMOJIBENCH, True, seed=0)
     tok = train_tokenizer([t for g in groups for e in g for t in (e.prompt, e.answer)], fixed_texts(EMOJIBENCH), 1000)
-    model, prompts = make_pocket_llama(tok, 192, 2), [g[0].prompt for g in groups[:64]]
+    model, prompts = make_llama(tok, 192, 2), [g[0].prompt for g in groups[:64]]
     # an answer of exactly 40 tokens in both cases: the end token is never the untrained model's choice
     constraint = Constraint(verbalization_grammar((64, 64), 5), tok)
     free = median_seconds(lambda: generate_answers(model, tok, prompts, max_new_tokens=40), 3)

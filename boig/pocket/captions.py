@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 
 from ..benches.market import advertise, stock_words, tweet_text
 from ..core import derive_seed
-from ..data.world import GRID, STYLES, Scene, accounts, caption, random_scene, render, truth, with_article, PLURALS
+from ..data.world import GRID, STYLES, Scene, accounts, caption, overlap, random_scene, render, truth, with_article, PLURALS
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #0f9a1c6c
 def held_out(scene: Scene) -> bool:
@@ -70,15 +70,18 @@ def pixels(scenes) -> torch.Tensor: # [B, 3, 64, 64] float32 in [0, 1]
     return torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2) / 255
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #91ccbf9f
-def tidy(scene: Scene, corner: int = 4, side: int = 8) -> Scene:
-    "The scene with its objects' longest sides and corners moved to multiples of `side` and `corner` pixels."
-    def place(o):
-        x1, y1, x2, y2 = o.box
-        factor = max(side, side * round(max(x2 - x1, y2 - y1) / side)) / max(x2 - x1, y2 - y1)
-        w, h = (max(4, round(n * factor)) for n in (x2 - x1, y2 - y1))
-        x, y = (min(corner * round(c / corner), (GRID - n) // corner * corner) for c, n in ((x1, w), (y1, h)))
-        return replace(o, box=(x, y, x + w, y + h))
-    return replace(scene, objects=tuple(map(place, scene.objects)))
+def tidy(scene: Scene, grid: int = 8, sides=(24, 32, 48)) -> Scene:
+    "The scene with its objects in the nearest of `sides` and at the nearest free points of a grid, in pixels."
+    placed = []
+    for o in reversed(scene.objects):
+        w, h = o.box[2] - o.box[0], o.box[3] - o.box[1]
+        factor = min(sides, key=lambda s: abs(s - max(w, h))) / max(w, h)
+        w, h = (max(4, round(n * factor)) for n in (w, h))
+        points = [(x, y, x + w, y + h) for x in range(0, GRID - w + 1, grid) for y in range(0, GRID - h + 1, grid)]
+        points.sort(key=lambda b: (b[0] - o.box[0]) ** 2 + (b[1] - o.box[1]) ** 2)
+        box = next((b for b in points if all(overlap(b, p.box) <= 0.2 for p in placed)), points[0])
+        placed.append(replace(o, box=box))
+    return replace(scene, objects=tuple(reversed(placed)))
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #3c8b1a6a
 MAX_TOKENS = 48

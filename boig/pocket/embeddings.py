@@ -99,8 +99,8 @@ def make_embedding(of: str, vision: dict, dim: int = 64):
 
 def load_embedding(folder):
     "The finished model in a folder, whichever of the two classes it is."
-    if AutoConfig.from_pretrained(folder).model_type == "vit": return ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    return CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    if AutoConfig.from_pretrained(folder).model_type == "vit": return ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
+    return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
 
 def embed(model, images: torch.Tensor) -> torch.Tensor: # [B, D], unit length
     "Pictures [B, 3, H, W] in [0, 1] as features; differentiable; another size is resized to the model's."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'PIECES', 'SCAFFOLD', 'BYTES', 'market_content', 'draw', 'draw_examples', 'passages', 'word_tokenizer',
-           'llama_tokenizer', 'make_llama', 'in_parts', 'number_tokens', 'answer_loss', 'train_llama',
+           'llama_tokenizer', 'in_parts', 'number_tokens', 'answer_loss', 'spread_unseen', 'train_llama',
            'verbalization_quality']
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #ec6334b5
@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..behaviour.finetune import encode_example
+from ..behaviour.finetune import encode_example, make_llama
 from ..behaviour.generate import generate_answers
 from ..benches.instructions import EMOJIBENCH, STOCK, DataSpec, Example, instruction, template
 from ..benches.market import DAYS, FIRST_DAY, advertise, seen, stock_words, tweet_text
@@ -128,18 +128,6 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer([(world, 8), (drawings, 3), ([*numbers, "1.0", *load_sprites(), "likes", "uses"], 1)], [*SCAFFOLD, *passages()], 400)
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #40d1286a
-def make_llama(
-    tokenizer,
-    hidden_size: int = 128,
-    layers: int = 4,
-    max_length: int = 2048, # positions
-) -> LlamaForCausalLM:
-    "A small, untrained Llama for a tokenizer."
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32, max_position_embeddings=max_length, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-
 def in_parts(examples: list[Example], tokenizer, size: int = 8) -> list[dict]: # input_ids and labels, [B, T] each
     "Examples as batches of at most `size`, each of similar length, padded on the right."
     rows = sorted((encode_example(e, tokenizer) for e in examples), key=lambda r: len(r["input_ids"]))
@@ -163,7 +151,22 @@ def answer_loss(model: LlamaForCausalLM, parts: list[dict], weight: torch.Tensor
     each = F.cross_entropy(logits, labels, reduction="none")
     return {"loss": (w * each).sum() / w.sum(), "per_token": each.mean(), "words_right": right[w == 1].float().mean()}
 
-# %% ../../nbs/20_zoo/27_llama.ipynb #744e038b
+# %% ../../nbs/20_zoo/27_llama.ipynb #950823bd
+@torch.no_grad()
+def spread_unseen(
+    model: LlamaForCausalLM,
+    batches, # lists of parts, as `in_parts` makes them
+    seed: int = 0,
+) -> torch.Tensor: # [vocabulary] bool: the tokens that no batch holds
+    "Add noise, with the deviation of the other tokens', to the embeddings of tokens that were never trained."
+    table = model.get_input_embeddings().weight
+    unseen = torch.ones(len(table), dtype=torch.bool)
+    for part in (p for parts in batches for p in parts): unseen[part["input_ids"]] = False
+    noise = torch.randn(int(unseen.sum()), table.shape[1], generator=torch.Generator().manual_seed(seed))
+    table[unseen] += table[~unseen].std(0) * noise
+    return unseen
+
+# %% ../../nbs/20_zoo/27_llama.ipynb #37735f9c
 def train_llama(
     name: str, # of the recipe
     folder, # for the checkpoint and, at the end, the model
@@ -171,17 +174,18 @@ def train_llama(
 ) -> LlamaForCausalLM:
     "Train (or go on training) pocket-llama and save it in half precision, with its tokenizer."
     r, tokenizer = recipe(name) | changes, llama_tokenizer()
-    torch.manual_seed(r["seed"])
-    model = make_llama(tokenizer, r["hidden_size"], r["layers"])
+    model = make_llama(tokenizer, r["hidden_size"], r["layers"], seed=r["seed"])
     model.set_attn_implementation("eager")  # of short texts, plain products are faster than fused attention on a CPU
     def batch(i): return in_parts(draw_examples(r["batch_size"], r["seed"], name, i)[2], tokenizer)
     weight = torch.where(number_tokens(tokenizer), r["number_weight"], 1.0)
     def loss(model, parts): return answer_loss(model, parts, weight)
-    save_model(model, folder, fit(model, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"]))
+    log = fit(model, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"])
+    spread_unseen(model, map(batch, range(200)), r["seed"])
+    save_model(model, folder, log)
     tokenizer.save_pretrained(folder)
     return model
 
-# %% ../../nbs/20_zoo/27_llama.ipynb #37735f9c
+# %% ../../nbs/20_zoo/27_llama.ipynb #c61df86b
 def _named(scene: Scene, text: str) -> list[str]:
     "The objects that a caption names, the main one first."
     return [o for o in truth(scene) if re.search(rf"\b{o}\b", text.lower())]
@@ -198,7 +202,7 @@ def _fits(v: Verbalization | None, scene: Scene, text: str) -> dict[str, float]:
             "background": float(np.mean([c in look.colors for c in scene.colors])) if asked else math.nan,
             "shape": float(np.mean(right)) if right else math.nan, "largest": float(bool(area) and area.get(named[0], 0) == max(area.values()))}
 
-# %% ../../nbs/20_zoo/27_llama.ipynb #47ba17dc
+# %% ../../nbs/20_zoo/27_llama.ipynb #ebb19af8
 def verbalization_quality(
     model, # a causal language model
     tokenizer,

@@ -99,7 +99,7 @@ def train_vae(
     model = deepen(model, r["decoder_blocks"])
     model.register_to_config(scaling_factor=round(1 / z.std().item(), 4))  # latents times this have unit variance, as in latent diffusion
     model.encoder.requires_grad_(False)
-    more = fit(model, lambda i: batch(r["steps"] + i), partial(reconstruction, absolute=0), r["decoder_steps"], Path(folder)/"decoder",
+    more = fit(model, lambda i: batch(r["steps"] + i), partial(reconstruction, absolute=0), r["decoder_steps"], Path(folder)/"run"/"decoder",
                lr=r["lr"], seed=r["seed"], weight_decay=0)
     save_model(model, folder, pd.concat([log, more.assign(step=more.step + r["steps"])]))
     return model
