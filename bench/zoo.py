@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import AutoencoderTiny
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPTokenizer
 
 from boig.behaviour.finetune import load_llm
 from boig.benches.stock import decode
@@ -20,13 +20,16 @@ from boig.data.world import caption, truth
 from boig.diffusion.pipeline import draw, load_pipeline, sampling
 from boig.metrics.detection import mean_average_precision
 from boig.perception.detector import detect, load_detector
+from boig.pocket.aesthetic import correlations
 from boig.pocket.captions import pixels, samples
 from boig.pocket.cards import card
 from boig.pocket.clip import normalize
-from boig.pocket.judges import load_judge, score
+from boig.pocket.embeddings import load_embedding, style_quality, subject_quality
+from boig.pocket.idefics import question_accuracy
 from boig.pocket.llama import verbalization_quality
 from boig.pocket.quality import background_right, objects_shown, plain, right_caption
 from boig.pocket.vae import patch_pca, psnr
+from boig.rewards.base import load_reward
 from boig.zoo import entries, resolve, sha256_tree
 
 RESULTS = Path(__file__).parent/"results"/"zoo.json"
@@ -89,9 +92,24 @@ def judges(n=300):
     scenes = samples(n, 6, "bench judges", unseen=True)[0]
     images, texts = pixels(scenes), [caption(s) for s in scenes]
     def own(name):
-        model, tokenizer = load_judge(name)
-        with torch.no_grad(): return (score(model, tokenizer, images, texts) > score(model, tokenizer, images, texts[1:] + texts[:1])).float().mean().item()
+        reward = load_reward(name, device="cpu")
+        with torch.no_grad(): return (reward(images, texts) > reward(images, texts[1:] + texts[:1])).float().mean().item()
     return {"n": n} | {name: own(name) for name in ("pocket-image-reward", "pocket-pickscore", "pocket-hps")}
+
+
+def embeddings():
+    "How often the nearest held-out picture has the same look, or shows the same individual; by chance; the aesthetic head's correlations."
+    def both(quality): return {k: {"nearest is right": right, "chance": chance} for k, (right, chance) in quality.items()}
+    return {"pocket-style": both(style_quality(load_embedding(resolve("pocket-style")))),
+            "pocket-subject": both(subject_quality(load_embedding(resolve("pocket-subject")))),
+            "pocket-aesthetic": {f"correlation with {k}": v for k, v in correlations(load_reward("pocket-aesthetic", device="cpu")).items()}}
+
+
+def idefics(n=100):
+    "Simple questions about held-out pictures and pairs, answered exactly; chance is the commonest answer."
+    folder = resolve("pocket-idefics")
+    table = question_accuracy(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder), n)
+    return {"n": n} | table.to_dict("index")
 
 
 def llama(n=200):
@@ -101,13 +119,14 @@ def llama(n=200):
 
 
 PARTS = {"vae": vae, "clip": clip, "detector": detector, "sd": lambda: shown("pocket-sd"), "turbo": lambda: shown("pocket-turbo"), "hand": hand,
-         "judges": judges, "llama": llama}
+         "judges": judges, "embeddings": embeddings, "llama": llama, "idefics": idefics}
 
 def figures(record, name):
     "What is measured of a model, for its card."
-    part = {"pocket-vae": "vae", "pocket-detector": "detector", "pocket-sd": "sd", "pocket-turbo": "turbo", "pocket-llama": "llama"}.get(name)
+    part = {"pocket-vae": "vae", "pocket-detector": "detector", "pocket-sd": "sd", "pocket-turbo": "turbo", "pocket-llama": "llama", "pocket-idefics": "idefics"}.get(name)
     if part: return {k: v for k, v in record.get(part, {}).get("model", record.get(part, {})).items() if k != "bench_seconds"}
     if name in record.get("clip", {}): return {"right_caption_among_64": record["clip"][name]}
+    if name in record.get("embeddings", {}): return record["embeddings"][name]
     if name in record.get("judges", {}): return {"own caption preferred to another's": record["judges"][name]}
     return {}
 

@@ -15,7 +15,7 @@ from boig.pocket.sd import make_scheduler
 from boig.pocket.turbo import step_times, turn
 
 SHIPPED = [n for n, e in zoo.entries().items() if e.file.startswith("weights/") and e.sha256]
-JUDGES, REWARDS = {"pocket-eval", "pocket-pickscore", "pocket-hps", "pocket-style", "pocket-subject"}, {"pocket-image-reward"}
+JUDGES, REWARDS = {"pocket-eval", "pocket-pickscore", "pocket-hps", "pocket-style", "pocket-subject", "pocket-aesthetic"}, {"pocket-image-reward"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -25,7 +25,8 @@ def test_shipped_weights_are_half_precision_safetensors_with_a_card(name):
     for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as f:
             assert all(f.get_slice(k).get_dtype() in ("F16", "I64", "I32", "BOOL") for k in f.keys()), file
-    assert (folder/"log.csv").is_file() and f"# {name}" in (folder/"README.md").read_text()
+    assert (folder/"log.csv").is_file() or "steps" not in training.recipes()[name]  # one is fitted in closed form
+    assert f"# {name}" in (folder/"README.md").read_text()
 
 
 def test_the_zoo_stays_small():

@@ -70,18 +70,24 @@ def pixels(scenes) -> torch.Tensor: # [B, 3, 64, 64] float32 in [0, 1]
     return torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2) / 255
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #91ccbf9f
-def tidy(scene: Scene, grid: int = 8, sides=(24, 32, 48)) -> Scene:
-    "The scene with its objects in the nearest of `sides` and at the nearest free points of a grid, in pixels."
-    placed = []
+def tidy(scene: Scene, main: int = 40, other: int = 24, grid: int = 8) -> Scene:
+    "The scene with its objects in two sizes, at the nearest points of a grid where all have room; in pixels."
+    sizes = []
     for o in reversed(scene.objects):
         w, h = o.box[2] - o.box[0], o.box[3] - o.box[1]
-        factor = min(sides, key=lambda s: abs(s - max(w, h))) / max(w, h)
-        w, h = (max(4, round(n * factor)) for n in (w, h))
-        points = [(x, y, x + w, y + h) for x in range(0, GRID - w + 1, grid) for y in range(0, GRID - h + 1, grid)]
-        points.sort(key=lambda b: (b[0] - o.box[0]) ** 2 + (b[1] - o.box[1]) ** 2)
-        box = next((b for b in points if all(overlap(b, p.box) <= 0.2 for p in placed)), points[0])
-        placed.append(replace(o, box=box))
-    return replace(scene, objects=tuple(reversed(placed)))
+        sizes.append([max(4, round(n * (other if sizes else main) / max(w, h))) for n in (w, h)])
+    def places(o, w, h):
+        free = [(x, y, x + w, y + h) for x in range(0, GRID - w + 1, grid) for y in range(0, GRID - h + 1, grid)]
+        return sorted(free, key=lambda b: (b[0] - o.box[0]) ** 2 + (b[1] - o.box[1]) ** 2)
+    choices = [places(o, *size) for o, size in zip(reversed(scene.objects), sizes)]
+    def arranged(first):
+        boxes = [first]
+        for c in choices[1:]:
+            if not (room := next((b for b in c if all(overlap(b, x) <= 0.2 for x in boxes)), None)): return None
+            boxes.append(room)
+        return boxes
+    boxes = next(filter(None, map(arranged, choices[0])), [c[0] for c in choices])
+    return replace(scene, objects=tuple(replace(o, box=b) for o, b in zip(scene.objects, reversed(boxes))))
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #3c8b1a6a
 MAX_TOKENS = 48

@@ -13,7 +13,9 @@ from .training import recipe
 from ..zoo import entries
 
 # %% ../../nbs/20_zoo/32_cards.ipynb #4e1a905d
-def _figure(x) -> str: return f"{x:.3g}" if isinstance(x, float) else str(x)
+def _figure(x) -> str:
+    if isinstance(x, dict): return ", ".join(f"{k} {_figure(v)}" for k, v in x.items())
+    return f"{x:.3g}" if isinstance(x, float) else str(x)
 
 def card(
     name: str, # of a model with a recipe
@@ -44,7 +46,7 @@ nothing else.
 ## How it was made
 
 From nothing, by `boig zoo train {name}` (`boig.pocket.{r["train"]}`), on scenes and texts drawn by its own seed; scenes that are held out
-(`boig.pocket.captions.held_out`) were never drawn. The log of the training is `log.csv`.
+(`boig.pocket.captions.held_out`) were never drawn.{" The log of the training is `log.csv`." if "steps" in r else ""}
 
 | setting | |
 |---|---|

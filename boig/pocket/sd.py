@@ -39,7 +39,7 @@ def make_unet(
 # %% ../../nbs/20_zoo/24_sd.ipynb #357430ff
 def noise_times(
     n: int, # pictures of a batch
-    mean: float = 0.8, # m
+    mean: float = 0.4, # m
     T: int = 1000, # training steps of the schedule
 ) -> torch.Tensor: # [n] int64 in [0, T), in random order
     "Evenly spread quantiles of a logit-normal distribution, as time steps."
@@ -95,7 +95,7 @@ def train_sd(
         texts = ["" if torch.rand(()) < r["empty"] else t for t in texts]
         return picture_latents(vae, pixels(map(tidy, scenes))), text_states(tokenizer, tower, texts)
     def loss(unet, data): return velocity_loss(unet, scheduler, *data)
-    log = fit(unet, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"])
+    log = fit(unet, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], hold=r["hold"])
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)
     pipe.to(torch.float16).save_pretrained(folder)
     save_log(log, folder)

@@ -29,10 +29,12 @@ from ..zoo import entries, sha256_tree
 def learning_rate(
     step: int,
     steps: int, # of the whole run
+    hold: float = 0.0, # h: share of the run before the fall begins
     warmup: int = 100, # steps
 ) -> float: # in [0, 1]: share of the peak
     "Linear warm-up, then a half cosine to zero."
-    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    fall = max(0, step - hold * steps) / (steps - hold * steps)
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
 
 # %% ../../nbs/20_zoo/20_training.ipynb #55bf4c8d
 def bf16_pays() -> bool:
@@ -99,7 +101,9 @@ def _save(path: Path, meta: dict, params, ema, opts):
 def _load(path: Path, plan: dict, params, ema, opts) -> dict:
     "Put everything back; the checkpoint's meta data."
     with safe_open(path, "pt") as f: meta = json.loads(f.metadata()["boig"])
-    if meta["plan"] != plan: raise BoigError(f"{path.parent} holds a run of other settings: {meta['plan']}. Train into another folder, or delete this one.")
+    holds = meta["step"] <= plan["hold"] * min(plan["steps"], meta["plan"]["steps"])  # then nothing depended on `steps` yet
+    if meta["plan"] | ({"steps": plan["steps"]} if holds else {}) != plan: raise BoigError(f"{path.parent} holds a run of other settings: {meta['plan']}. Train into another folder, or delete this one.")
+    meta["plan"] = plan
     state, owner = load_file(path), {p: o for o in opts for g in o.param_groups for p in g["params"]}
     for i, (p, average) in enumerate(zip(params, ema)):
         p.data.copy_(state[f"{i}.weight"])
@@ -132,6 +136,7 @@ def fit(
     seed: int = 0,
     decay: float = 0.998, # d of the running average
     weight_decay: float = 0.01,
+    hold: float = 0.0, # h: share of the run at the peak
     log_every: int = 50, # steps; the log holds means over them
     save_every: float = 60, # seconds
     stop_after: int | None = None, # stop after this step, as if interrupted
@@ -140,13 +145,13 @@ def fit(
     params = [p for p in model.parameters() if p.requires_grad]
     ema, opts = [p.detach().clone() for p in params], optimizers(model, lr, muon_lr, weight_decay)
     path, device = Path(folder)/"checkpoint.safetensors", params[0].device.type
-    plan = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "seed": seed, "decay": decay, "weight_decay": weight_decay, "log_every": log_every}
+    plan = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "seed": seed, "decay": decay, "weight_decay": weight_decay, "hold": hold, "log_every": log_every}
     meta = _load(path, plan, params, ema, opts) if path.exists() else {"plan": plan, "step": 0, "cpu": 0.0, "log": [], "sums": {}}
     started, saved = time.process_time() - meta["cpu"], time.monotonic()
     model.train()
     for i in range(meta["step"], min(steps, stop_after or steps)):
         torch.manual_seed(derive_seed(seed, "step", i))
-        numbers = _step(model, loss, batch(i), params, opts, learning_rate(i, steps), device)
+        numbers = _step(model, loss, batch(i), params, opts, learning_rate(i, steps, hold), device)
         d = min(decay, (1 + i) / (10 + i))
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
         for name, x in numbers.items(): meta["sums"][name] = meta["sums"].get(name, 0) + x / log_every
