@@ -81,6 +81,15 @@ def _reproduce(
     reproduce(scale, seed=seed, llm=llm, overrides=pairs(set_ or []), only=names(only or []), jobs=jobs, results=results, dry_run=dry_run)
 
 # %% ../nbs/95_front/97_cli.ipynb #6d6d5866
+@app.command("doctor")
+def _doctor(scale: Annotated[str, typer.Option(help="Whose models: smoke, pocket, reference or paper.")] = "pocket"):
+    "Which models are here, what the others need, and the commands that fetch them. Downloads nothing."
+    from boig.doctor import doctor
+    text, broken = doctor(scale)
+    print(text)
+    if broken: raise BoigError(f"Not as shipped: {', '.join(broken)}. Install boig again.")
+
+# %% ../nbs/95_front/97_cli.ipynb #65ba6166
 @app.command()
 def report(
     results: Annotated[Optional[Path], typer.Argument(help="The results folder.  [default: results/pocket of the project]", show_default=False)] = None,
@@ -92,7 +101,7 @@ def report(
     if not results.is_dir(): raise BoigError(f"No results in '{results}' yet. Run: boig reproduce")
     print(write_report(results))
 
-# %% ../nbs/95_front/97_cli.ipynb #8d5134fa
+# %% ../nbs/95_front/97_cli.ipynb #b244a8b8
 zoo = typer.Typer(cls=_Front, no_args_is_help=True, rich_markup_mode=None,
     help="The models and word vectors that the experiments use, and whether they are here.")
 app.add_typer(zoo, name="zoo")

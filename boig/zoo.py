@@ -123,6 +123,7 @@ def _installed(entry: Entry) -> Path | None:
 # %% ../nbs/00_core/02_zoo.ipynb #5543b309
 def resolve(
     ref: str, # a zoo name, a path, or a hub id "owner/name"
+    only=(), # patterns of the files wanted of a hub repository; () = what boig uses of it
 ) -> Path:
     "The file or folder that `ref` names, fetched if need be; BoigError if there is no such thing."
     known = entries()
@@ -131,15 +132,16 @@ def resolve(
         if e.kind == "packaged": return _packaged(e.name, e.file, e.sha256)
         return (e.kind == "wheel" and _installed(e)) or _fetch(e)/e.file
     if Path(ref).exists(): return Path(ref)
-    if ref.count("/") == 1 and not ref.startswith((".", "/")): return _from_hub(ref)
+    if ref.count("/") == 1 and not ref.startswith((".", "/")): return cache_dir()/ref if (cache_dir()/ref).is_dir() else _from_hub(ref, only)
     raise closest(ref, known, "model or data set")
 
 # %% ../nbs/00_core/02_zoo.ipynb #e1f27a08
-def _from_hub(repo: str) -> Path:
-    "A snapshot of a hub repository: configuration, tokenizer and safetensors, no pickles."
+def _from_hub(repo: str, only=()) -> Path:
+    "A snapshot of a hub repository: what roles.toml takes of it, else configuration, tokenizer and safetensors; no pickles."
     from huggingface_hub import snapshot_download
-    keep = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try: return Path(snapshot_download(repo, allow_patterns=keep))
+    roles = tomllib.loads(files("boig").joinpath("roles.toml").read_text(encoding="utf-8"))["paper"]
+    used = next((r["files"] for r in roles if r.get("hub") == repo), ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+    try: return Path(snapshot_download(repo, allow_patterns=list(only) or used))
     except Exception as e:
         raise BoigError(f"Could not get '{repo}' from the Hugging Face hub ({type(e).__name__}). It needs a network, and for gated "
                         "models an accepted licence and HF_TOKEN; or pass a local folder.") from e
