@@ -7,7 +7,7 @@ from boig.benches.market import write_market
 from boig.benches.stock import build_stock, read_stock
 from boig.core import BoigError
 from boig.data.verbalization import parse, problems
-from boig.perception.detector import load_detector
+from boig.perception.verbalizer import load_verbalizer
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def market(tmp_path_factory): return write_market(tmp_path_factory.mktemp("m")/"
 
 
 @pytest.fixture(scope="module")
-def bench(market): return build_stock(market, load_detector(), test_fraction=0.25, valid_fraction=0.1)
+def bench(market): return build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1)
 
 
 def test_every_row_can_be_asked_about(bench):
@@ -32,9 +32,9 @@ def test_buckets_follow_forwards(bench):
 
 def test_splits_are_disjoint_and_repeatable(bench, market):
     assert (bench.split == "test").sum() == 60 and (bench.split == "valid").sum() == 18
-    again = build_stock(market, load_detector(), test_fraction=0.25, valid_fraction=0.1)
+    again = build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1)
     assert again.drop(columns="image").equals(bench.drop(columns="image"))
-    other = build_stock(market, load_detector(), test_fraction=0.25, valid_fraction=0.1, seed=1)
+    other = build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1, seed=1)
     assert set(other.id[other.split == "test"]) != set(bench.id[bench.split == "test"])
 
 

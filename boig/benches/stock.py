@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..core import BoigError, derive_seed
 from ..data.emoji import use_buckets
-from ..perception.detector import Detector, verbalize
+from ..perception.verbalizer import Verbalizer
 
 # %% ../../nbs/48_benches/50_stock.ipynb #a09f660e
 COLUMNS = ("asset_id", "file", "caption", "keywords", "width", "height", "release_date", "downloads", "forwards", "impressions")
@@ -40,18 +40,17 @@ def decode(images) -> torch.Tensor: # [B, 3, H, W] float32 in [0, 1]
 
 def build_stock(
     folder, # of the seller
-    detector: Detector,
+    verbalizer: Verbalizer,
     rows: int = 0, # assets used, evenly over their release dates; 0 = all
     test_fraction: float = 0.1, # of the rows, at random
     valid_fraction: float = 0.05, # of the rest
     seed: int = 42,
-    batch_size: int = 256, # pictures seen at once
 ) -> pd.DataFrame: # one row an asset
     "The Stock benchmark: content fields, KPIs, verbalisation (JSON), bucket by forwards, split."
     table = read_stock(folder)
     if not 0 <= rows <= len(table): raise BoigError(f"{folder} has {len(table)} assets; {rows} were asked for.")
     if rows: table = table.iloc[np.linspace(0, len(table) - 1, rows).astype(int)].reset_index(drop=True)
-    seen = [v for i in range(0, len(table), batch_size) for v in verbalize(decode(table.image[i:i + batch_size]), detector)]
+    seen = verbalizer(image["bytes"] for image in table.image)
     table = table.rename(columns={"asset_id": "id", "caption": "captions", "release_date": "release date"})
     table["image resolution"] = [f"({w}, {h})" for w, h in zip(table.width, table.height)]
     table["verbalization"] = [v.to_json() for v in seen]

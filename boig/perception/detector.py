@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Residual', 'DetectorConfig', 'Detector', 'make_detector', 'Detection', 'surest', 'candidates', 'detect',
-           'load_detector', 'show_detections', 'verbalize']
+           'load_detector', 'show_detections']
 
 # %% ../../nbs/30_perception/31_detector.ipynb #199bc7a3
 from dataclasses import dataclass
@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..data.verbalization import Verbalization
 from ..metrics.detection import box_iou
-from .colors import verbalize_colors
 from .pixels import check_pictures
 from ..zoo import resolve
 
@@ -163,21 +161,3 @@ def show_detections(
         x1, y1, x2, y2 = d.box
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="red"))
         ax.text(x1, y1, f"{d.name} {d.score:.2f}", fontsize=6, va="bottom", bbox={"pad": 0.5, "lw": 0, "fc": (1, 1, 1, 0.7)})
-
-# %% ../../nbs/30_perception/31_detector.ipynb #252f22ed
-def _whole(box, width: int, height: int) -> tuple[int, int, int, int]:
-    "A box in whole pixels, at least one a side, inside the picture."
-    x1, y1 = min(round(box[0]), width - 1), min(round(box[1]), height - 1)
-    return x1, y1, max(round(box[2]), x1 + 1), max(round(box[3]), y1 + 1)
-
-def verbalize(
-    images: torch.Tensor, # [B, 3, H, W] in [0, 1]
-    detector: Detector,
-    threshold: float = 0.5, # lowest score of an object
-) -> list[Verbalization]:
-    "Pictures as text: colours, tones, objects and boxes (BOIG appendix A.2)."
-    height, width = images.shape[2:]
-    def objects(found):
-        boxes = {d.name: _whole(d.box, width, height) for d in found}
-        return dict(sorted(boxes.items(), key=lambda o: (o[1][0] - o[1][2]) * (o[1][3] - o[1][1])))
-    return [Verbalization(*looks, objects(found)) for looks, found in zip(verbalize_colors(images), detect(detector, images, threshold))]

@@ -9,7 +9,6 @@ __all__ = ['MAX_PIXELS', 'CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD
 # %% ../../nbs/30_perception/32_pixels.ipynb #084e9c30
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -228,7 +228,7 @@ def train_idefics(
     def batch(i):
         done, rng = i / r["steps"], np.random.default_rng(derive_seed(r["seed"], name, i))
         return 1 - done, draw_batches(r["stages"], done, rng, processor)
-    log = fit(parts, batch, learn, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"])
+    log = fit(parts, batch, learn, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], hold=r["hold"])
     model.set_attn_implementation("sdpa")
     save_model(model, folder, log)
     processor.save_pretrained(folder)
