@@ -118,7 +118,7 @@ def write_report(
     stages = records(results)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
-        tables=[table1_block(results, end) for end in ENDINGS.values()], paper=table_rows(paper[paper.Model.str.startswith("Finetuned")]),
+        tables=[table1_block(results, end) for end in dict.fromkeys(ENDINGS[s.params["bench"]] for s in load_stages().values() if "bench" in s.params)], paper=table_rows(paper[paper.Model.str.startswith("Finetuned")]),
         world=_picture(results/"figures"/"pocket_world.png"), world_table=_csv(results/"tables"/"pocket_world.csv"), gallery=gallery(results),
         stages=stages, last=max((s["record"] for s in stages if s["record"]), key=lambda r: r["provenance"]["time"], default=None))
     return write_text(results/"index.html", page)

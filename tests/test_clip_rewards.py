@@ -2,6 +2,7 @@
 import json
 import os
 from binascii import crc32
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +141,20 @@ def test_a_missing_file_says_where_it_is_published(tmp_path, monkeypatch):
     for name, file in (("hps-v2", "HPS_v2_compressed.pt"), ("hps-v2.1", "HPS_v2.1_compressed.pt"), ("aesthetic", "sac+logos+ava1-l14-linearMSE.pth")):
         with pytest.raises(BoigError, match="no file") as e: load_reward(name)
         assert file in str(e.value) and ("xswu/HPSv2" in str(e.value)) == (name != "aesthetic") and str(tmp_path) in str(e.value)
-    (tmp_path/"x.pt").touch()
-    assert cs.local_file("x.pt", "") == tmp_path/"x.pt"
+
+
+def test_of_the_processor_no_weights_are_fetched(tmp_path, folder, monkeypatch):
+    "openai/clip-vit-base-patch32 lends a file of open_clip its words: of its 600 MB, only those are asked of the hub."
+    asked = []
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: asked.append((repo, allow_patterns)) or folder)
+    state = original() | {"token_embedding.weight": torch.zeros(len(CLIPTokenizer.from_pretrained(folder)), 24)}
+    torch.save({"state_dict": state}, tmp_path/"HPS.pt")
+    load_reward("hps-v2", "HPS.pt", device="cpu", config=config(words=len(state["token_embedding.weight"])))
+    (repo, patterns), = asked
+    def fetched(file): return any(fnmatch(file, p) for p in patterns)
+    assert repo == cs.PROCESSOR and not any(map(fetched, ("model.safetensors", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack")))
+    assert all(map(fetched, ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "preprocessor_config.json")))
 
 
 # Folders

@@ -205,10 +205,12 @@ def test_wrong_files_are_errors(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("BOIG_CACHE", str(tmp_path/"cache"))
     with pytest.raises(BoigError, match="curl .*6726825d.pth"): load_inception()
     state = torch.load(checkpoint, weights_only=True)
-    files = {"missing": {k: v for k, v in state.items() if k != "fc.bias"}, "shape": state | {"fc.weight": torch.zeros(1000, 2048)}, "list": [1]}
-    for name, content in files.items():
+    files = {"missing": ({k: v for k, v in state.items() if k != "fc.bias"}, "missing.pth does not fit Inception: 1 missing: fc.bias"), "list": ([1], "holds a list"),
+             "shape": (state | {"fc.weight": torch.zeros(1000, 2048)}, r"1 of another shape: fc.weight \(\[1000, 2048\], not \[1008, 2048\]\)"),
+             "more": (state | {"epoch": 3}, "not a checkpoint of tensors")}
+    for name, (content, said) in files.items():
         torch.save(content, tmp_path/f"{name}.pth")
-        with pytest.raises(BoigError, match="does not fit|not a checkpoint") as e: load_inception(str(tmp_path/f"{name}.pth"))
+        with pytest.raises(BoigError, match=said) as e: load_inception(str(tmp_path/f"{name}.pth"))
         assert "\n" not in str(e.value)
     (tmp_path/"code.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # a pickle that would run a command
     with pytest.raises(BoigError, match="not read"): load_inception(str(tmp_path/"code.pth"))

@@ -15,13 +15,14 @@ from transformers import (AutoModelForImageTextToText, AutoProcessor, AutoTokeni
 
 from boig.behaviour.finetune import load_llm, make_llama, save_llm
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
+from boig.checkpoints import load_pretrained
 from boig.data.verbalization import Verbalization, parse, problems
 from boig.diffusion.pipeline import draw, load_pipeline
 from boig.doctor import parts
 from boig.metrics.fid import Inception, load_features, statistics
 from boig.perception.captioning import load_captioner, tiny_blip, tiny_llava
 from boig.perception.colors import verbalize_colors
-from boig.perception.grounding import load_grounder, load_pretrained, tiny_grounder
+from boig.perception.grounding import load_grounder, tiny_grounder
 from boig.perception.ram import load_ram, tiny_ram
 from boig.perception.saliency import load_saliency, tiny_saliency
 from boig.pocket.captions import pixels, samples

@@ -104,9 +104,11 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(BoigError, match="U²-Net needs .*xuebinqin/U-2-Net"): load_saliency(tmp_path/"none.pth")
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, tmp_path/"other.pth")
     with pytest.raises(BoigError, match="not a checkpoint of U²-Net"): load_saliency(tmp_path/"other.pth")
+    torch.save([1, 2], tmp_path/"list.pth")
+    with pytest.raises(BoigError, match="holds a list"): load_saliency(tmp_path/"list.pth")
     state = U2Net("u2netp").state_dict()
     del state["side3.bias"]
     torch.save(state, tmp_path/"half.pth")
-    with pytest.raises(BoigError, match="side3.bias is missing"): load_saliency(tmp_path/"half.pth")
+    with pytest.raises(BoigError, match="half.pth does not fit U2Net: 1 missing: side3.bias"): load_saliency(tmp_path/"half.pth")
 
 def test_the_tiny_one_says_that_it_is_random(random_net): assert random_net.name == "random-u2netp"

@@ -1,5 +1,7 @@
 "CSD, DINO and CLIP-I: the authors' numbers, the mean over pairs, what the backbones see, files, inputs."
 import json
+import os
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +231,24 @@ def test_the_authors_own_files(tmp_path, monkeypatch, name, file):
     else: torch.save({"model_state_dict": {f"module.{k}": v for k, v in STATE[name].items()}, "epoch": 3} if name == "csd" else STATE[name], tmp_path/file)
     expected = si.features(port(name), PIXELS[name])
     for path in (tmp_path, tmp_path/file): assert torch.equal(si.features(load(path, pixels="clip").model, PIXELS[name]), expected)
+
+@torch.no_grad()
+def test_csds_file_on_the_hub_also_holds_notes_of_its_training(tmp_path, monkeypatch):
+    "The settings in an argparse.Namespace and the best loss as a scalar of NumPy 1: those are allowed, anything else is not."
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/"ran"),)
+    monkeypatch.setattr(PORT["csd"], "__defaults__", (SHAPE["csd"],))
+    notes = {"model_state_dict": {f"module.{k}": v for k, v in STATE["csd"].items()}, "args": Namespace(lr=0.1, arch="vit"), "best": np.float64(0.25)}
+    file = tmp_path/"pytorch_model.bin"
+    def save(content):
+        torch.save(content, file, _use_new_zipfile_serialization=False)
+        file.write_bytes(file.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))  # as NumPy 1 called it
+    save(notes)
+    assert b"cnumpy.core.multiarray" in file.read_bytes() and b"argparse" in file.read_bytes()
+    assert torch.equal(si.features(load(tmp_path, pixels="clip").model, PIXELS["csd"]), si.features(port("csd"), PIXELS["csd"]))
+    save(notes | {"more": Evil()})
+    with pytest.raises(BoigError, match="more than plain tensors"): load(tmp_path, pixels="clip")
+    assert not (tmp_path/"ran").exists()
 
 def broken(folder, target, change):
     target.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 "From pictures to verbalisations: prompts, boxes, overlaps, captions, any kind of picture, the paper's parts and the pocket's."
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -140,8 +141,8 @@ def test_every_prompt_of_a_long_list_is_asked(grounder, images, monkeypatch):
     assert asked == [(0, "shoe. watch. tree."), (0, "burger. hat."), (1, "cat.")]
 
 @pytest.mark.parametrize("change, says", [
-    (lambda s: s.pop("model.level_embed"), "model.level_embed is missing"), (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
-    (lambda s: s.update({"model.level_embed": torch.zeros(3, 3)}), r"model.level_embed is \[3, 3\], not \[4, 64\]")])
+    (lambda s: s.pop("model.level_embed"), "1 missing: model.level_embed"), (lambda s: s.update(extra=torch.zeros(1)), "1 left over: extra"),
+    (lambda s: s.update({"model.level_embed": torch.zeros(3, 3)}), r"1 of another shape: model.level_embed \(\[3, 3\], not \[4, 64\]\)")])
 def test_a_checkpoint_that_does_not_fit(home, tmp_path, change, says):
     for f in (home/"dino").iterdir(): (tmp_path/f.name).write_bytes(f.read_bytes())
     state = load_file(home/"dino"/"model.safetensors")
@@ -149,11 +150,18 @@ def test_a_checkpoint_that_does_not_fit(home, tmp_path, change, says):
     save_file(state, tmp_path/"model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BoigError, match=says): load_grounder(tmp_path, device="cpu")
 
-def test_a_pickle_is_no_checkpoint(home, tmp_path):
+def test_a_pickle_is_read_as_tensors_or_not_at_all(home, grounder, tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/"ran"),)
     for f in (home/"dino").iterdir(): (tmp_path/f.name).write_bytes(f.read_bytes())
-    torch.save(load_file(tmp_path/"model.safetensors"), tmp_path/"pytorch_model.bin")
+    state = load_file(tmp_path/"model.safetensors")
     (tmp_path/"model.safetensors").unlink()
+    torch.save(state, tmp_path/"pytorch_model.bin")
+    loaded, wanted = load_grounder(tmp_path, device="cpu").model.state_dict(), grounder.model.state_dict()
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[k], wanted[k]) for k in wanted)
+    torch.save(state | {"model.level_embed": Evil()}, tmp_path/"pytorch_model.bin")
     with pytest.raises(BoigError, match="can be read"): load_grounder(tmp_path, device="cpu")
+    assert not (tmp_path/"ran").exists()
 
 def test_hair_thin_pictures_are_refused(grounder):
     with pytest.raises(BoigError, match="too long and thin"): grounder(torch.rand(1, 3, 2, 100), [["cat"]])

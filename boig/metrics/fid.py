@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel
 
+from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, atomic_path, closest, get_device, sha256_file
-from ..perception.grounding import load_pretrained
 from ..perception.pixels import Preprocess, by_size, check_pictures
-from ..perception.ram import load_tensors, read_checkpoint
 from ..zoo import cache_dir, resolve
 
 # %% ../../nbs/40_metrics/43_fid.ipynb #39ff448a
@@ -208,7 +207,7 @@ def load_inception(
     if not path.is_file(): raise BoigError(f"FID needs its Inception, and '{path}' is not there. Fetch it:  curl -L --create-dirs -o {cache_dir()/INCEPTION} {INCEPTION_URL}")
     stated = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if stated and not sha256_file(path).startswith(stated[1]): raise BoigError(f"'{path}' is not what its name says (SHA-256). Fetch it again.")
-    return load_tensors(Inception(), read_checkpoint(path), path).requires_grad_(False)
+    return load_original(Inception(), read_tensors(path), what=path).requires_grad_(False)
 
 # %% ../../nbs/40_metrics/43_fid.ipynb #7d47621c
 def _eight_bits(images: torch.Tensor) -> torch.Tensor: return (images * 255).round() # what a file holds

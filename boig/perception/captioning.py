@@ -17,10 +17,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import (BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor, CLIPImageProcessorPil,
                           CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
+from ..checkpoints import load_pretrained
 from ..core import BoigError, closest, get_device
 from ..data.verbalization import Verbalization
 from ..data.world import PLURALS, with_article
-from .grounding import load_pretrained, to_pil
+from .grounding import to_pil
 from ..zoo import resolve
 
 # %% ../../nbs/30_perception/36_captions.ipynb #c5af0a49

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checkpoints import load_original, read_tensors
 from ..core import BoigError, get_device
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, check_pictures
-from .ram import load_tensors, read_checkpoint
 from ..zoo import cache_dir
 
 # %% ../../nbs/30_perception/34_saliency.ipynb #8cf0866c
@@ -116,12 +116,12 @@ def load_saliency(
     path = Path(path or cache_dir()/"u2net.pth")
     if not path.is_file():
         raise BoigError(f"U²-Net needs {path}: the README of the GitHub repository 'xuebinqin/U-2-Net' links to u2net.pth (176 MB) and u2netp.pth (4.7 MB).")
-    found = read_checkpoint(path)
-    state = found.get("model", found) if isinstance(found, dict) else {}
+    found = read_tensors(path)
+    state = found.get("model", found)
     middle = getattr(state.get("stage1.rebnconv1.conv_s1.weight"), "shape", [0])[0]
     kind = next((k for k, widths in _NETS.items() if widths[0][0] == middle), None)
     if kind is None: raise BoigError(f"{path} is not a checkpoint of U²-Net. It was not used.")
-    return Saliency(found.get("name", kind), load_tensors(U2Net(kind), state, path).to(get_device(device)), **settings)
+    return Saliency(found.get("name", kind), load_original(U2Net(kind), state, what=path).to(get_device(device)), **settings)
 
 def tiny_saliency(
     path, # of the file that is made

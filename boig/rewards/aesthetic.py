@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from ..checkpoints import load_original, local_file, read_tensors
 from ..core import BoigError, get_device
 from ..perception.pixels import Preprocess, check_pictures
 from .base import register
-from .clip_scores import embed_images, load_clip, local_file
-from .image_reward import load_original, read_tensors
+from .clip_scores import embed_images, load_clip
 from ..zoo import entries, resolve
 
 # %% ../../nbs/45_rewards/47_aesthetic.ipynb #95019fe9
@@ -77,7 +77,7 @@ def load_aesthetic(
         layers = {0: (model.config.projection_dim, 1)}
     if (dim := layers[0][0]) != model.config.projection_dim:
         raise BoigError(f"This head reads {dim} values, but {tower} has {model.config.projection_dim}: it belongs to another CLIP.")
-    head = load_original(Head(layers), read_tensors(path), str).requires_grad_(False)
+    head = load_original(Head(layers), read_tensors(path), what=path).requires_grad_(False)
     device = get_device(device)
     return AestheticScore(model.to(device), preprocess, head.to(device), weights if weights in entries() else name or weights)
 

@@ -9,19 +9,21 @@ __all__ = ['PIXELS', 'CSD_VIT', 'DINO_VIT', 'side_of', 'features', 'Similarity',
 # %% ../../nbs/45_rewards/49_similarity.ipynb #feec22f8
 import json
 import re
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
+from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, closest, get_device
 from ..perception.pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, by_size, check_pictures
 from .base import references, register
-from .clip_scores import load_strict, open_clip_name
-from .image_reward import load_original, read_tensors
+from .clip_scores import open_clip_name
 from ..zoo import cache_dir, entries, resolve
 
 # %% ../../nbs/45_rewards/49_similarity.ipynb #b682c604
@@ -130,6 +132,7 @@ def dino_from_original(
 # %% ../../nbs/45_rewards/49_similarity.ipynb #cb4a202b
 _VIT = SimpleNamespace(__name__="ViTModel", from_pretrained=partial(ViTModel.from_pretrained, add_pooling_layer=False)) # DINO has no pooler
 _CLASSES = {"clip": CLIPModel, "clip_vision_model": CLIPVisionModelWithProjection, "vit": _VIT}
+_NOTES = [Namespace, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType] # in CSD's file, with NumPy 1's name of a scalar
 
 def from_authors(tensors: dict, path: Path): # a backbone
     "CSD or DINO, by their names of things."
@@ -146,7 +149,7 @@ def load_backbone(path: Path): # CLIPModel, CLIPVisionModelWithProjection or ViT
     if not files: raise BoigError(f"{path} holds no weights. If they are published as a pickle (pytorch_model.bin, .pth), download it and config.json into a folder.")
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind and kind not in _CLASSES: raise BoigError(f"{path} holds a model of type '{kind}'; similarity needs one of {', '.join(_CLASSES)}.")
-    model = load_strict(_CLASSES[kind], path) if kind else from_authors(read_tensors(files[0]), files[0])
+    model = load_pretrained(_CLASSES[kind], path) if kind else from_authors(read_tensors(files[0], _NOTES), files[0])
     return model.requires_grad_(False)
 
 # %% ../../nbs/45_rewards/49_similarity.ipynb #25bc82de

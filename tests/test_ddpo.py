@@ -1,0 +1,256 @@
+"DDPO: gradients against finite differences, advantages by hand, a training that resumes to the same weights, rewards that fail."
+import dataclasses
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from test_sampler import tiny
+
+from boig.core import BoigError
+from boig.diffusion.ddpo import Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, epoch_prompts, path_loss, score, standardize, train_ddpo
+from boig.diffusion.sampler import log_prob, make_steps, sample, step_policy
+from boig.pocket.sd import make_scheduler
+
+SMALL = DDPOConfig(epochs=2, samples=4, batch_size=2, micro_batch=2, steps=3, guidance=2.0, lr=1e-3, advantages="global")
+PROMPTS = ["a cat", "a dog", "a hat"]
+
+
+def brightness(images, prompts, context=None): return images.mean(dim=(1, 2, 3))
+
+
+def weights(pipe): return torch.cat([p.detach().flatten() for p in pipe.unet.parameters()])
+
+
+def train(folder, config=SMALL, pipe=None, reward=brightness, **options):
+    pipe = pipe or tiny()
+    return pipe, train_ddpo(pipe, PROMPTS, reward, folder, config, progress=False, **options)
+
+
+# --- losses and advantages
+
+def test_losses_by_hand():
+    old, new = torch.zeros(4), torch.tensor([5e-5, 5e-4, 5e-4, -5e-4])
+    A = torch.tensor([2.0, 2.0, -2.0, -2.0])
+    want = [-2 * math.exp(5e-5), -2 * (1 + 1e-4), 2 * math.exp(5e-4), 2 * (1 - 1e-4)]
+    torch.testing.assert_close(ddpo_is(new, old, A), torch.tensor(want))
+    assert torch.equal(ddpo_sf(new, A), -A * new)
+
+
+def test_both_losses_have_the_same_gradient_before_the_first_update():
+    lp, A = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    g1, = torch.autograd.grad(ddpo_is(lp, lp.detach(), A).sum(), lp)
+    g2, = torch.autograd.grad(ddpo_sf(lp, A).sum(), lp)
+    torch.testing.assert_close(g1, g2)
+
+
+class Linear(torch.nn.Module):
+    "A denoiser of two numbers: θ0 x + θ1."
+    dtype = torch.float64
+    def __init__(self, θ): super().__init__(); self.θ = torch.nn.Parameter(torch.as_tensor(θ, dtype=torch.float64))
+    def forward(self, x, t, encoder_hidden_states, return_dict): return (self.θ[0] * x + self.θ[1],)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_policy_gradient_is_the_slope_of_the_expected_reward(kind):
+    "Two steps in one dimension; the true slope from the same noise, moved by ±h."
+    steps = make_steps(DDIMScheduler(10, 0.1, 0.4, prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=False), 2, dtype=torch.float64)
+    z = torch.randn(3, 200_000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    def play(θ):
+        unet, x, total = Linear(θ), z[0], 0
+        for i in range(2):
+            mean, sigma = step_policy(unet, steps, i, x, x, None, 1)
+            x = (mean + sigma * z[i + 1]).detach()
+            total = total + log_prob(x, mean, sigma)
+        return unet, -(x.flatten() - 0.5)**2, total
+    θ, h = torch.tensor([0.5, 0.2], dtype=torch.float64), 1e-4
+    unet, r, total = play(θ)
+    parts = torch.stack([torch.autograd.grad(ddpo_sf(l, a).mean(), unet.θ, retain_graph=True)[0] for l, a in zip(total.chunk(40), (r - r.mean()).chunk(40))])
+    for k, step in enumerate(h * torch.eye(2, dtype=torch.float64)):
+        slopes = torch.stack([c.mean() for c in ((play(θ + step)[1] - play(θ - step)[1]) / (2 * h)).chunk(40)])
+        error = (-parts[:, k] - slopes).std() / 40**0.5
+        assert abs(float(-parts[:, k].mean() - slopes.mean())) < 4 * error
+        assert error < 0.25 * slopes.mean().abs() # or the test could not fail
+
+
+def test_gradient_of_path_loss_by_finite_differences():
+    "The whole chain, guidance, ratio and divergence included, in double precision."
+    pipe = tiny().to(torch.float64)
+    paths = sample(pipe, PROMPTS[:2], [1, 2], steps=2, guidance=2.0)
+    config, i, A = dataclasses.replace(SMALL, kl=0.3, clip=10.0), torch.tensor([0, 1]), torch.tensor([1.5, -0.5], dtype=torch.float64)
+    weight, base = pipe.unet.conv_out.bias, paths.latents[torch.arange(2), i] * 0.99
+    def loss(): return path_loss(pipe.unet, paths, i, A, config, base)[0].sum()
+    loss().backward()
+    with torch.no_grad():
+        for k in (0, 3):
+            at = []
+            for h in (1e-5, -2e-5): weight[k] += h; at.append(float(loss()))
+            weight[k] += 1e-5
+            assert (at[0] - at[1]) / 2e-5 == pytest.approx(float(weight.grad[k]), rel=1e-5)
+
+
+def test_advantages_by_hand():
+    integers = Advantages("global")(["a"] * 3, torch.tensor([1, 2, 4]))
+    torch.testing.assert_close(integers, torch.tensor([-1.0690450, -0.2672612, 1.3363062]))
+    ulp = torch.nextafter(torch.tensor(0.7), torch.tensor(1.0))
+    assert Advantages("global")(["a"] * 4, torch.stack([torch.tensor(0.7)] * 3 + [ulp])).abs().max() == 0
+    assert Advantages("prompt")(["a"], torch.tensor([3.0])).tolist() == [0]
+    assert Advantages("global", clip=1.2)(["a"] * 3, torch.tensor([1, 2, 4])).max() == pytest.approx(1.2)
+
+
+def test_advantages_do_not_know_the_unit():
+    r = torch.randn(8)
+    for scale, shift in ((1e-9, 0), (1e4, 5)): torch.testing.assert_close(standardize(r.double() * scale + shift, r.double() * scale + shift), standardize(r, r))
+
+
+def test_advantages_of_prompts():
+    a = Advantages("prompt", size=3, min_count=2)
+    first = a(["x", "x", "y", "z"], torch.tensor([1.0, 3.0, 5.0, math.nan]))
+    everyone = torch.tensor([1.0, 3.0, 5.0])
+    torch.testing.assert_close(first, torch.tensor([-1.0, 1.0, float((5 - everyone.mean()) / everyone.std(correction=0)), 0.0]))
+    a(["x", "x"], torch.tensor([5.0, 7.0]))
+    assert a.seen == {"x": [3.0, 5.0, 7.0], "y": [5.0], "z": []}
+    a(["y"] * 5, torch.arange(5.0))
+    assert a.seen["y"] == [0, 1, 2, 3, 4]  # at least all of this epoch's
+
+
+# --- rewards
+
+def test_score_keeps_the_good_ones():
+    def reward(images, prompts, context):
+        if "bad" in prompts: raise ValueError("no")
+        return torch.tensor([math.inf if p == "inf" else len(p) for p in prompts])
+    r, problem = score(reward, torch.rand(4, 3, 4, 4), ["ok", "bad", "inf", "fine"])
+    assert r[0] == 2 and r[3] == 4 and r[1].isnan() and r[2].isnan() and problem == "ValueError: no"
+    integers, problem = score(lambda images, prompts, context: [1, 2], torch.rand(2, 3, 4, 4), ["a", "b"])
+    assert integers.tolist() == [1, 2] and integers.dtype == torch.float32 and not problem
+    for bad in (lambda i, p, c: i.mean(), lambda i, p, c: torch.zeros(len(i), 1), lambda i, p, c: torch.zeros(5)):
+        with pytest.raises(BoigError, match="has the shape"): score(bad, torch.rand(2, 3, 4, 4), ["a", "b"])
+
+
+def test_failing_rewards_are_reported_and_do_not_train(tmp_path):
+    def sick(images, prompts, context=None):
+        return torch.where(torch.tensor([p == "a cat" for p in prompts]), math.nan, brightness(images, prompts))
+    with pytest.warns(UserWarning, match="no reward for"): pipe, log = train(tmp_path/"a", reward=sick)
+    assert log.failed.sum() in (2, 3) and log.reward.notna().all() and weights(pipe).isfinite().all() # 8 pictures: each prompt twice or three times
+    with pytest.raises(BoigError, match="failed on all 4.*ZeroDivisionError"): train(tmp_path/"b", reward=lambda *a: 1 / 0)
+    with pytest.raises(BoigError, match=r"shape \[2\]; this one gave \[\]"): train(tmp_path/"c", reward=lambda images, *a: images.mean())
+
+
+def test_a_path_of_nan_counts_as_failed(tmp_path):
+    run = Run(tiny(), PROMPTS, brightness, tmp_path, SMALL)
+    forward = run.pipe.unet.forward
+    def broken(x, *args, **kwargs):
+        (out,) = forward(x, *args, **kwargs)
+        return (torch.cat([out[:1] * math.nan, out[1:]]),)
+    run.pipe.unet.forward = broken
+    updates, rewards, problem = collect(run, PROMPTS + PROMPTS[:1], brightness, None, 0)
+    assert rewards.isnan().tolist() == [True, False, True, False] and "NaN" in problem
+    assert all(p.latents.isfinite().all() and p.log_probs.isfinite().all() for batches in updates for _, p in batches)
+
+
+# --- training
+
+def test_brightness_climbs(tmp_path):
+    "The decoder of random weights hardly looks at its latents; here a picture is three of their channels."
+    pipe = tiny(make_scheduler())
+    pipe.vae.decode = lambda z, return_dict: (z[:, :3] * pipe.vae.config.scaling_factor / 3,)
+    _, log = train(tmp_path, dataclasses.replace(SMALL, epochs=6, samples=32, batch_size=16, micro_batch=16, guidance=1.0, lr=4e-3, timestep_fraction=0.5), pipe)
+    assert log.reward.iloc[-1] > log.reward.iloc[0] + 4 * log.reward_std.iloc[0] / 32**0.5
+
+
+def test_stopped_in_an_epoch_and_gone_on(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=2, advantages="prompt", min_count=2, ema=0.5, timestep_fraction=0.5, inner_epochs=2)
+    straight, log = train(tmp_path/"straight", config)
+    calls = []
+    def killed(images, prompts, context=None):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt # in the second of two batches of the second epoch
+        return brightness(images, prompts)
+    killed.name = brightness.name = "brightness"
+    try:
+        with pytest.raises(KeyboardInterrupt): train(tmp_path/"killed", config, reward=killed)
+        resumed, log2 = train(tmp_path/"killed", config)
+        del killed.name
+        assert torch.equal(weights(straight), weights(resumed))
+        assert log.drop(columns="seconds").equals(log2.drop(columns="seconds"))
+        with pytest.raises(BoigError, match="another lr"): train(tmp_path/"killed", dataclasses.replace(config, lr=1.0))
+    finally: del brightness.name
+    assert sorted(p.name for p in (tmp_path/"killed").iterdir()) == ["checkpoint.pt", "log.csv", "pipeline"]
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path/"killed"/"pipeline")
+    assert torch.equal(weights(loaded), weights(resumed))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_ratio_starts_at_one(tmp_path, precision, lora):
+    pipe, log = train(tmp_path, dataclasses.replace(SMALL, precision=precision, lora_rank=lora, epochs=1))
+    assert (log.ratio_start == 0).all() and (log.ratio_off > 0).all()
+    assert weights(pipe).isfinite().all() and pipe.unet.dtype == torch.float32
+
+
+def test_the_adapter_is_loaded_by_diffusers(tmp_path):
+    pipe, log = train(tmp_path, dataclasses.replace(SMALL, lora_rank=2, kl=0.1))
+    assert log.kl.iloc[0] >= 0 and log.kl.iloc[1] > 0
+    fresh = tiny()
+    untouched = sample(fresh, PROMPTS, [1, 2, 3], steps=3).images
+    fresh.load_lora_weights(tmp_path/"adapter")
+    mine, theirs = (sample(p, PROMPTS, [1, 2, 3], steps=3).images for p in (pipe, fresh))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert (mine - untouched).abs().max() > 1e-4
+    with pytest.raises(BoigError, match="load a fresh one"): train(tmp_path/"b", dataclasses.replace(SMALL, lora_rank=2), pipe)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_divergence_is_zero_at_the_base_and_by_the_formula(tmp_path, lora):
+    run = Run(tiny(), PROMPTS, brightness, tmp_path, dataclasses.replace(SMALL, kl=1.0, lora_rank=lora))
+    updates, *_ = collect(run, PROMPTS + PROMPTS[:1], brightness, None, 0)
+    paths, i = updates[0][0][1], torch.tensor([0, 1])
+    def kl(): return path_loss(run.pipe.unet, paths, i, torch.zeros(2), run.config, base_mean(run, paths, i))[1][3]
+    assert kl().abs().max() == 0
+    with torch.no_grad():
+        for p in run.params: p.add_(0.01)
+    rows = torch.arange(2)
+    with torch.no_grad(): mean, sigma = step_policy(run.pipe.unet, paths.steps, i, paths.latents[rows, i], paths.states, paths.empty, 2.0)
+    base = base_mean(run, paths, i)
+    want = torch.stack([torch.distributions.kl_divergence(torch.distributions.Normal(m, s), torch.distributions.Normal(b, s)).mean() for m, b, s in zip(mean, base, sigma)])
+    torch.testing.assert_close(kl(), want)
+    assert want.min() > 0 and all(p.requires_grad for p in run.params)
+
+
+def test_smaller_batches_and_checkpointing_change_nothing(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=1, samples=4, batch_size=4, micro_batch=4)
+    a, log = train(tmp_path/"a", config)
+    b, log2 = train(tmp_path/"b", dataclasses.replace(config, micro_batch=1, gradient_checkpointing=True))
+    for column in ("reward", "loss", "grad_norm"): assert log[column].iloc[0] == pytest.approx(log2[column].iloc[0], rel=1e-3, abs=1e-6)
+    assert (weights(a) - weights(b)).abs().mean() < 1e-5 # AdamW's first step is lr · sign, so rounding shows where a gradient is 0
+
+
+def test_steps_that_are_trained():
+    steps = make_steps(DDIMScheduler(set_alpha_to_one=True), 10)
+    chosen = choose_steps(steps, torch.arange(200), dataclasses.replace(SMALL, timestep_fraction=0.34), 0, 0)
+    assert chosen.shape == (200, 3) and set(chosen.flatten().tolist()) == set(range(9)) # never the last one, which has no chance
+    assert all(len(set(row)) == 3 for row in chosen.tolist())
+    with pytest.raises(BoigError, match="None of the 1 steps"): choose_steps(make_steps(DDIMScheduler(), 1), torch.arange(2), SMALL, 0, 0)
+
+
+def test_prompts_take_turns():
+    config = DDPOConfig(samples=4)
+    texts = [p for e in range(3) for p in epoch_prompts(list("abc"), config, e)]
+    assert all(sorted(texts[k:k + 3]) == list("abc") for k in range(0, 12, 3))
+    assert texts != [p for e in range(3) for p in epoch_prompts(list("abc"), dataclasses.replace(config, seed=1), e)]
+
+
+def test_extra_columns_and_score_function(tmp_path):
+    pipe, log = train(tmp_path, dataclasses.replace(SMALL, loss="sf", batch_size=4), watch=lambda pipe, epoch: {"twice": 2 * epoch})
+    assert log.twice.tolist() == [0, 2] and (tmp_path/"log.csv").read_text().count("\n") == 3
+
+
+def test_one_clear_line(tmp_path):
+    for changes, line in ((dict(loss="ppo"), "loss is one of is, sf"), (dict(loss="sf"), "one update"), (dict(samples=5), "multiple of batch_size"), (dict(eta=0.0), "eta and"),
+                          (dict(precision="int8"), "precision is one of"), (dict(epochs=0), "at least 1"), (dict(timestep_fraction=1.5), "timestep_fraction")):
+        with pytest.raises(BoigError, match=line): train(tmp_path, dataclasses.replace(SMALL, **changes))
+    for prompts in ([], "a cat"):
+        with pytest.raises(BoigError, match="no prompts"): train_ddpo(tiny(), prompts, brightness, tmp_path, SMALL)
+    with pytest.raises(BoigError, match="not object"): train_ddpo(object(), PROMPTS, brightness, tmp_path, SMALL)
+    assert not list(tmp_path.iterdir())
