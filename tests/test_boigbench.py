@@ -301,7 +301,7 @@ def make(n, seed=0, accounts=12):
     "Tweets with none to four pictures, in random order."
     rng = np.random.default_rng(seed)
     level = rng.lognormal(1.5, 1.5, accounts)
-    account = rng.choice(accounts, n, p=(w := rng.dirichlet(np.full(accounts, 1.0))))
+    account = rng.choice(accounts, n, p=rng.dirichlet(np.full(accounts, 1.0)))
     tweets = pd.DataFrame({"tweet_id": rng.choice(10**15, n, replace=False).astype(str), "account": [f"a{a}" for a in account], "likes": rng.poisson(level[account] * rng.lognormal(-0.5, 1, n)),
                            "created_at": pd.Timestamp("2018-01-01") + pd.to_timedelta(rng.integers(0, 1900 * 86400, n), "s"), "pictures": rng.choice(5, n, p=[0.2, 0.6, 0.1, 0.05, 0.05]),
                            "text": [f"word {'x' * k} https://t.co/{k}" for k in rng.integers(1, 80, n)]})

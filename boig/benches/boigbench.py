@@ -7,7 +7,7 @@ __all__ = ['RANKS', 'RULES', 'MIX', 'WHOLE', 'SORTED', 'Rules', 'spin', 'find_th
            'choose_pictures']
 
 # %% ../../nbs/48_benches/52_boigbench.ipynb #cfd6a0c6
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -156,7 +156,7 @@ def find_thresholds(
 def tie_table(con) -> pd.DataFrame: # a row a tie rule
     "What each tie rule would call high and low, and how many accounts it would leave without one of them."
     one = "SELECT '{0}' AS ties, sum(highs_{0}) / sum(n) AS high, sum(lows_{0}) / sum(n) AS low, count(*) FILTER (highs_{0} = 0 OR lows_{0} = 0) AS unusable FROM thresholds"
-    return con.execute(" UNION ALL ".join(one.format(rule) for rule in RANKS)).df().rename(columns={"high": "share high", "low": "share low", "unusable": "accounts without high or low"})
+    return pd.concat([con.execute(one.format(rule)).df() for rule in RANKS], ignore_index=True).rename(columns={"high": "share high", "low": "share low", "unusable": "accounts without high or low"})
 
 # %% ../../nbs/48_benches/52_boigbench.ipynb #604eec28
 def _tally(con, table: str) -> tuple[int, int, int]: # tweets, pictures, accounts
