@@ -85,7 +85,8 @@ class World:
         "The same run in a process of its own."
         args = {k: str(v) if isinstance(v, Path) else v for k, v in (self.go | kw).items()}
         code = f"from boig.reproduce import reproduce; reproduce(**{args!r})"
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C, and would pass that on
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 @pytest.fixture
