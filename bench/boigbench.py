@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ def measure(posts, out, memory, threads, exact):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=168_000_000)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/boigbench"), help="for the posts, kept for the next time, and the output, removed")
+    parser.add_argument("--folder", type=Path, default=Path(gettempdir())/"boigbench", help="for the posts, kept for the next time, and the output, removed")
     parser.add_argument("--memory", default="600MB")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exact", action="store_true", help="exact sampling")

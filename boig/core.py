@@ -12,8 +12,8 @@ import json
 import os
 import platform
 import random
+import secrets
 import subprocess
-import tempfile
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_core/00_core.ipynb #a4963810
+# %% ../nbs/00_core/00_core.ipynb #7721427a
 class BoigError(Exception):
     "A mistake that the person at the keyboard can mend; the message says how."
 
-# %% ../nbs/00_core/00_core.ipynb #7721427a
+# %% ../nbs/00_core/00_core.ipynb #1b0e4853
 def closest(
     name: str, # what was typed
     known, # the names that exist
@@ -38,7 +38,7 @@ def closest(
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return BoigError(f"Unknown {what} '{name}'. {hint}Known: {', '.join(known)}.")
 
-# %% ../nbs/00_core/00_core.ipynb #40c607ca
+# %% ../nbs/00_core/00_core.ipynb #b8ef88a1
 def derive_seed(
     seed: int, # the run's seed
     *names, # what the child is for, e.g. "table1", "bootstrap"
@@ -47,7 +47,7 @@ def derive_seed(
     text = json.dumps([int(seed), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") & 0x7FFFFFFF
 
-# %% ../nbs/00_core/00_core.ipynb #ae2887de
+# %% ../nbs/00_core/00_core.ipynb #ffa344f7
 def seed_everything(seed: int):
     "Seed Python, NumPy and torch (imported only now, so that `core` stays light)."
     import torch
@@ -55,7 +55,7 @@ def seed_everything(seed: int):
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core/00_core.ipynb #5de4bf3d
+# %% ../nbs/00_core/00_core.ipynb #639b9455
 def get_device(
     name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ): # torch.device
@@ -69,33 +69,26 @@ def get_device(
         raise BoigError(f"Device '{name}' was asked for but torch sees none here. Use 'auto' or 'cpu'.")
     return torch.device(name)
 
-# %% ../nbs/00_core/00_core.ipynb #5e0d993a
+# %% ../nbs/00_core/00_core.ipynb #f89b4f38
 @contextmanager
 def atomic_path(
     path, # the final name
 ): # yields a temporary Path in the same folder; it becomes `path` when the block ends well
     "Write to the yielded path; `path` appears whole at the end, or stays as it was."
     path = Path(path)
+    tmp = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+        tmp.touch(exist_ok=False)
+        mode = tmp.stat().st_mode  # as any new file here; a writer that puts a private one in its place must not change it
     except OSError as e:
         raise BoigError(f"Cannot write in '{path.parent}': {e.strerror}. Choose a folder you can write to.") from e
-    os.close(fd)
-    tmp = Path(tmp)
     try:
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask())
+        os.chmod(tmp, mode)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
-
-# %% ../nbs/00_core/00_core.ipynb #f89b4f38
-def _umask() -> int:
-    "The process's umask: `mkstemp` makes private files, results should be readable like any other."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 # %% ../nbs/00_core/00_core.ipynb #0ab90a9b
 def write_text(path, text: str) -> Path:

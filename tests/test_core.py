@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         text = target.read_text()
         assert len(text) == 100_000 and len(set(text)) == 1
         write_text(target, "0" * 100_000)
+
+
+def test_files_are_as_readable_as_any_other_whoever_writes(tmp_path):
+    "The umask holds, also for a writer that leaves a private file, and many threads at once do not disturb it."
+    def private(i):
+        with atomic_path(tmp_path/f"{i}.txt") as tmp:
+            tmp.write_text("x")
+            tmp.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as threads: list(threads.map(private, range(400)))
+        after = os.umask(0o027)
+    finally: os.umask(before)
+    assert after == 0o027 and {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640} and len(list(tmp_path.iterdir())) == 400
 
 
 def test_unwritable_folder_is_one_line(tmp_path):

@@ -230,7 +230,7 @@ class _Download:
             with self.lock: self.left += 1  # what fails doesn't count, or the next call would try the same ones only
             raise
         place = self.folder/f"{key}{sniff(data)}"
-        with self.lock, atomic_path(place) as tmp: tmp.write_bytes(data)
+        with atomic_path(place) as tmp: tmp.write_bytes(data)
         return place
 
 # %% ../../nbs/48_benches/53_media.ipynb #ee01a4af

@@ -6,16 +6,15 @@
 __all__ = ['COLUMNS', 'read_stock', 'decode', 'build_stock']
 
 # %% ../../nbs/48_benches/50_stock.ipynb #fef303ec
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from ..core import BoigError, derive_seed
 from ..data.emoji import use_buckets
+from ..perception.pixels import to_tensor
 from ..perception.verbalizer import Verbalizer
 
 # %% ../../nbs/48_benches/50_stock.ipynb #a09f660e
@@ -36,7 +35,7 @@ def read_stock(
 # %% ../../nbs/48_benches/50_stock.ipynb #045934eb
 def decode(images) -> torch.Tensor: # [B, 3, H, W] float32 in [0, 1]
     "Pictures of one size from their files' bytes."
-    return torch.stack([torch.from_numpy(np.array(Image.open(BytesIO(x["bytes"])).convert("RGB"))) for x in images]).permute(0, 3, 1, 2) / 255
+    return torch.stack([to_tensor(x["bytes"]) for x in images])
 
 def build_stock(
     folder, # of the seller
