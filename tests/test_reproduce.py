@@ -211,6 +211,14 @@ def test_wrong_tables(world):
     table.write_text(TABLE.replace("section", "sectoin"))
     with pytest.raises(BoigError, match="Did you mean 'section'"): load_stages(table)
 
+def test_a_stage_may_belong_to_some_scales_only(world, capsys):
+    table = world.root/"stages.toml"
+    table.write_text(TABLE.replace('title = "stands alone"', 'title = "stands alone"\nscales = ["reference"]'))
+    assert list(load_stages(table)) == ["first", "second", "other"] == list(load_stages(table, "reference"))
+    assert list(load_stages(table, "smoke")) == ["first", "second"] == list(world.why(capsys))
+    table.write_text(TABLE.replace('title = "doubles the seed"', 'title = "doubles the seed"\nscales = ["reference"]'))
+    with pytest.raises(BoigError, match="which no earlier stage makes"): load_stages(table, "smoke")
+
 
 # Runs
 

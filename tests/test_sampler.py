@@ -135,6 +135,32 @@ def test_scored_again_to_the_bit(dtype):
         assert torch.equal(log_prob(paths.latents[:, i + 1], mean, sigma), paths.log_probs[:, i])
 
 
+def test_chance_in_some_steps_and_one_start():
+    "Against each picture alone, and against the two kinds of step that there are."
+    pipe, eta = tiny(), torch.tensor([0.0, 1.0, 0.0, 0.5])
+    steps, full, none = (make_steps(pipe.scheduler, 4, e) for e in (eta, 1.0, 0.0))
+    assert steps.sigma[1] == full.sigma[1] and torch.equal(steps.direction[[0, 2]], none.direction[[0, 2]]) and steps.sigma[[0, 2]].tolist() == [0, 0]
+    family = sample(pipe, ["a cat", "a dog", "a cat"], [1, 2, 3], steps=4, guidance=2.0, eta=eta, starts=[9, 9, 9])
+    alone = [sample(pipe, [p], [s], steps=4, guidance=2.0, eta=eta, starts=[9]) for p, s in zip(family.prompts, (1, 2, 3))]
+    torch.testing.assert_close(family.latents, torch.cat([a.latents for a in alone]), rtol=0, atol=1e-4)
+    assert torch.equal(family.latents[0, :2], family.latents[2, :2]) and not torch.equal(family.latents[0, 2], family.latents[2, 2])
+    assert family.log_probs.isnan().tolist() == [[True, False, True, False]] * 3
+    for bad in (torch.ones(3), torch.tensor([0, 2.0, 0, 0])):
+        with pytest.raises(BoigError, match="one for each of 4 steps"): make_steps(pipe.scheduler, 4, bad)
+
+
+def test_kept_steps_know_their_gradient():
+    pipe = tiny()
+    plain, kept = (sample(pipe, ["a cat", "a dog"], [1, 2], steps=3, guidance=2.0, keep=k) for k in (False, True))
+    assert torch.equal(plain.latents, kept.latents) and torch.equal(plain.log_probs, kept.log_probs) and not plain.kept and not kept.images.requires_grad
+    for i, logp, mean in kept.kept:
+        mean2, sigma = step_policy(pipe.unet, kept.steps, i, kept.latents[:, i], kept.states, kept.empty, 2.0)
+        mine, theirs = (torch.autograd.grad(v.sum(), pipe.unet.conv_out.weight)[0] for v in (logp, log_prob(kept.latents[:, i + 1], mean2, sigma)))
+        torch.testing.assert_close(mine, theirs)
+        assert torch.equal(mean, mean2)
+    with pytest.raises(BoigError, match="one batch"): sample(pipe, ["a"] * 3, [1, 2, 3], steps=2, batch_size=2, keep=True)
+
+
 def test_other_schedulers_become_ddim():
     with pytest.warns(UserWarning, match="PNDMScheduler has no log-probabilities"): ddim = to_ddim(PNDMScheduler(beta_schedule="scaled_linear", steps_offset=1))
     assert not ddim.config.clip_sample and ddim.config.steps_offset == 1

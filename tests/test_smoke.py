@@ -1,6 +1,7 @@
 "The whole compendium at the smoke scale, through papermill: once undisturbed, once killed with -9 in the middle of a training."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import nbformat
 import pandas as pd
 import pytest
 
+from boig.benches.cards import check_croissant, fill, read_card, table_facts
+from boig.benches.instructions import SPECS, instruction
+from boig.core import sha256_file
+from boig.data.verbalization import parse
 from boig.metrics.verbalization_metrics import METRICS
 from boig.stages import load_stages
 
 COMMAND = [sys.executable, "-c", "from boig.cli import app; app()", "reproduce", "--scale", "smoke", "--results"]
-TABLES = [f"tables/boig_table1{end}.csv" for end in ("", "_differences", "_stock", "_stock_differences")]
+TABLES = [f"tables/boig_table1{end}.csv" for end in ("", "_differences", "_boigbench", "_boigbench_differences", "_stock", "_stock_differences")]
 
 
 def run(folder):
@@ -31,7 +36,7 @@ def whole(tmp_path_factory):
 
 
 def test_everything_is_there(whole):
-    for stage in load_stages().values():
+    for stage in load_stages(scale="smoke").values():
         assert all((whole/o).stat().st_size > 0 for o in stage.outputs)
         record = json.loads((whole/"provenance"/f"{stage.name}.json").read_text())
         assert record["parameters"]["scale"] == "smoke" and record["provenance"]["packages"]["torch"] and record["seconds"] > 0
@@ -41,10 +46,14 @@ def test_everything_is_there(whole):
 
 def test_table1_has_its_rows_and_columns(whole):
     table = pd.read_csv(whole/TABLES[0])
-    assert list(table.Model.unique()) == ["Finetuned Llama", "Finetuned Llama (BoigLLM)", "Finetuned Llama (BoigLLM), shuffled KPI", "Random training picture", "Constant answer"]
-    assert list(table.KPI.unique()) == ["High", "Medium", "Low", "All"] and len(table) == 20
+    names = ["Finetuned Llama", "Finetuned Llama (BoigLLM)", "Finetuned Llama (BoigLLM), shuffled KPI", "Random training picture", "Constant answer"]
+    own, shots = table[table.Model.isin(names)], table[~table.Model.isin(names)]
+    assert list(own.Model.unique()) == names and list(own.KPI.unique()) == ["High", "Medium", "Low", "All"] and len(own) == 20
+    assert set(shots.Model) == {f"{k}-shot {m}" for k in (3, 5) for m in ("pocket-llama", "gpt-3.5-turbo", "gpt-4")}
+    asked = shots.Model.str.endswith("pocket-llama")
+    assert (shots.status[asked] == "done").all() and shots.status[~asked].str.startswith("not run").all() and (shots.n[~asked] == 0).all() and shots[list(METRICS)][~asked].isna().all(axis=None)
     assert {*METRICS, "scale", "seed", "llm", "n", "unreadable", "objects named in the question", "objects seen in training"} <= set(table.columns)
-    assert (table.unreadable == 0).all() and (table.n[table.KPI == "All"] == 12).all() and (table.scale == "smoke").all()
+    assert (own.unreadable == 0).all() and (own.n[own.KPI == "All"] == 12).all() and (table.scale == "smoke").all()
     for m in METRICS:
         interval = table[[f"{m} low", m, f"{m} high"]].dropna()
         assert (interval[f"{m} low"] <= interval[f"{m} high"]).all()
@@ -52,12 +61,24 @@ def test_table1_has_its_rows_and_columns(whole):
 
 def test_the_page_shows_pictures_and_what_ran(whole):
     page = (whole/"index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64") >= 4 and page.count("<svg") >= 9 and "not run" not in page
+    assert page.count("data:image/png;base64") >= 4 and page.count("<svg") >= 9 and page.count("not run") == sum((pd.read_csv(whole/t).n == 0).sum() for t in TABLES[::2])
     assert "pocket-llama" in page and "smoke" in page and "http-equiv" not in page and "<script" not in page
 
 
+def test_data_sets_come_with_cards_and_numbers(whole):
+    for name, own, table, subject in (("pocket_boigbench", "boigbench", "boig_table3", "tweet_id"), ("pocket_stock", "stock", "boig_table4", "id")):
+        path = whole/"data"/f"{name}.parquet"
+        bench, card = pd.read_parquet(path), path.with_suffix(".md").read_text(encoding="utf-8")
+        assert fill(card, table_facts(bench) | {"source": re.search("<!-- source -->(.*?)<!--", card)[1]}) == card and "simulated pocket market" in card
+        assert {c for c, *_ in read_card(path.with_suffix(".md")).columns[0].rows} == set(bench.columns)
+        assert check_croissant(json.loads(path.with_suffix(".croissant.json").read_text()))["distribution"][0]["sha256"] == sha256_file(path)
+        assert bench.id.is_unique and (bench.groupby(subject).split.nunique() == 1).all() and set(bench.split) == {"train", "valid", "test"}
+        assert [parse(v).clean for v in bench.verbalization].count(True) == len(bench) and all(instruction(SPECS[name], r, 4, None) for _, r in bench.head(3).iterrows())
+        assert pd.read_csv(whole/"tables"/f"{table}.csv").n.sum() == len(bench) == pd.read_csv(whole/"tables"/f"{own}_statistics.csv")["all"][0]
+
+
 def test_going_again_runs_nothing(whole):
-    before = {o: (whole/o).stat().st_mtime_ns for s in load_stages().values() for o in s.outputs}
+    before = {o: (whole/o).stat().st_mtime_ns for s in load_stages(scale="smoke").values() for o in s.outputs}
     assert " s\n" not in run(whole).split("Done in")[0]
     assert before == {o: (whole/o).stat().st_mtime_ns for o in before}
 

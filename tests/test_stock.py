@@ -1,10 +1,10 @@
-"The Stock benchmark from what the simulated seller delivers."
+"The Stock benchmark from what the simulated seller delivers, and from tables that real ones may."
 import numpy as np
 import pandas as pd
 import pytest
 
 from boig.benches.market import write_market
-from boig.benches.stock import build_stock, read_stock
+from boig.benches.stock import build_stock, choose_assets, clean, clean_keywords, read_stock
 from boig.core import BoigError
 from boig.data.verbalization import parse, problems
 from boig.perception.verbalizer import load_verbalizer
@@ -15,13 +15,16 @@ def market(tmp_path_factory): return write_market(tmp_path_factory.mktemp("m")/"
 
 
 @pytest.fixture(scope="module")
-def bench(market): return build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1)
+def bench(market, tmp_path_factory):
+    table, left_out = build_stock(market, tmp_path_factory.mktemp("seen"), load_verbalizer(), test=0.25, valid=0.1)
+    assert not left_out
+    return table
 
 
 def test_every_row_can_be_asked_about(bench):
     assert len(bench) == 240 and bench.id.is_unique
     assert all(parse(v).clean and not problems(parse(v).value, (64, 64)) for v in bench.verbalization)
-    assert (bench["image resolution"] == "(64, 64)").all()
+    assert (bench["image resolution"] == "(64, 64)").all() and bench["release date"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
 
 
 def test_buckets_follow_forwards(bench):
@@ -30,12 +33,16 @@ def test_buckets_follow_forwards(bench):
     assert bench.bucket.value_counts().min() > 60
 
 
-def test_splits_are_disjoint_and_repeatable(bench, market):
-    assert (bench.split == "test").sum() == 60 and (bench.split == "valid").sum() == 18
-    again = build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1)
-    assert again.drop(columns="image").equals(bench.drop(columns="image"))
-    other = build_stock(market, load_verbalizer(), test_fraction=0.25, valid_fraction=0.1, seed=1)
-    assert set(other.id[other.split == "test"]) != set(bench.id[bench.split == "test"])
+def test_each_bucket_is_split_alike(bench, market):
+    n = bench.bucket.value_counts()
+    test, valid = (bench[bench.split == s].bucket.value_counts() for s in ("test", "valid"))
+    assert all(test[b] == round(0.25 * n[b]) and valid[b] == round(0.1 * (n[b] - test[b])) for b in n.index)
+    table, _ = read_stock(market)
+    def split(**options): return choose_assets(table, **options).set_index("id").split
+    assert split(test=0.25, valid=0.1).to_dict() == bench.set_index("id").split.to_dict()
+    assert choose_assets(table.sample(frac=1, random_state=0), 0.25, 0.1).set_index("id").split.to_dict() == bench.set_index("id").split.to_dict()  # whatever the order
+    assert (split(test=20) == "test").sum() == 60 and set(split(test=20, seed=1).eq("test").loc[lambda t: t].index) != set(split(test=20).eq("test").loc[lambda t: t].index)
+    with pytest.raises(BoigError, match="1,000 for the test leave none to train on"): choose_assets(table)
 
 
 def test_perception_sees_most_of_the_truth(bench, market):
@@ -46,10 +53,44 @@ def test_perception_sees_most_of_the_truth(bench, market):
     assert seen > 0.85
 
 
-def test_a_picture_is_missing(tmp_path, market):
-    table = pd.read_csv(market/"assets.csv")
+@pytest.mark.parametrize("dirty, tidy", [
+    ("Caf&eacute; &amp; cake", "Caf\u00e9 & cake"), ("<p>Two<br/>lines</p>", "Two lines"), (" a\u00a0 b\t\nc\x00", "a b c"), ("e\u0301", "\u00e9"), ("3 < 4 and 5 > 2", "3 < 4 and 5 > 2"),
+    ("None", "None"), ("NA", "NA"), ("", ""), (None, ""), (float("nan"), ""), (7, "7"), ("zero\u200bwidth \ufefffirst", "zerowidth first"), ("\ud83d", "")])
+def test_captions_are_tidied(dirty, tidy): assert clean(dirty) == tidy == clean(tidy)
+
+
+@pytest.mark.parametrize("dirty, tidy", [
+    ("Cake; cake,CAKE | sweet", "cake, sweet"), ("a,,b, ,c.", "a, b, c"), ("&quot;copy space&quot;\nnobody", "copy space, nobody"), ("mixed-race, african-american", "mixed-race, african-american"), (None, ""), (",", "")])
+def test_keywords_are_tidied(dirty, tidy): assert clean_keywords(dirty) == tidy == clean_keywords(tidy)
+
+
+def test_broken_rows_are_left_out_and_counted(tmp_path, market):
+    table = pd.read_csv(market/"assets.csv", dtype=str)
+    table.loc[0, "downloads"], table.loc[1, "forwards"], table.loc[2, "release_date"], table.loc[3, "impressions"] = "many", "", "soon", "-1"
+    table.loc[4, ["caption", "keywords"]] = "None", "NA, null"
+    table = pd.concat([table, table.iloc[[9]]])
     table.to_csv(tmp_path/"assets.csv", index=False)
-    with pytest.raises(BoigError, match="240 pictures .* are missing"): read_stock(tmp_path)
+    found, left_out = read_stock(tmp_path)
+    assert len(found) == 236 and left_out == {"a KPI is no number of 0 or more": 3, "no release date": 1, "listed again": 1}
+    assert found.captions[0] == "None" and found.keywords[0] == "na, null" and found.forwards.dtype == "int64"
+
+
+def test_parquet_is_a_table_too(tmp_path, market):
+    table = pd.read_csv(market/"assets.csv")
+    table.assign(release_date=pd.to_datetime(table.release_date), secret="x").to_parquet(tmp_path/"assets.parquet")
+    assert read_stock(tmp_path)[0].equals(read_stock(market)[0])  # what nobody explains is not taken along
+
+
+def test_pictures_that_are_missing(tmp_path, market, bench):
+    table = pd.read_csv(market/"assets.csv").head(40)
+    table.to_csv(tmp_path/"assets.csv", index=False)
+    with pytest.raises(BoigError, match="None of 40 pictures can be used"): build_stock(tmp_path, tmp_path/"seen", load_verbalizer(), test=0.2)
+    (tmp_path/"media").mkdir()
+    for f in table.file[2:]: (tmp_path/f).write_bytes((market/f).read_bytes())
+    (tmp_path/table.file[2]).write_bytes((market/table.file[2]).read_bytes()[:200])
+    some, left_out = build_stock(tmp_path, tmp_path/"seen", load_verbalizer(), test=0.2)
+    assert left_out == {"left out: no file": 2, "left out: the picture is damaged": 1} and list(some.id) == list(table.asset_id.astype(str)[3:])
+    assert list(some.verbalization) == list(bench.set_index("id").verbalization[some.id])
     table.drop(columns="forwards").to_csv(tmp_path/"assets.csv", index=False)
     with pytest.raises(BoigError, match="lacks the columns forwards"): read_stock(tmp_path)
     with pytest.raises(BoigError, match="no assets.csv"): read_stock(tmp_path/"nowhere")

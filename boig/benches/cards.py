@@ -93,10 +93,13 @@ def write_card(
     data, # its table; for pocket-ads (make_tweets(…), make_stock(…))
     path=None, # where to; None = over the card in data_cards/
     source: str = "the user's own pages or table", # of this build, for boigbench and stock
+    file: str = "", # the data's name beside this card; "" = as in data_cards/
 ) -> Path:
     "Write a card with its numbers from the data."
     card = card_path(name)
-    return write_text(path or card, fill(card.read_text(encoding="utf-8"), {"source": source} | _FACTS[name](data)))
+    text = card.read_text(encoding="utf-8")
+    if file: text = text.replace(f"{name}.parquet", file)
+    return write_text(path or card, fill(text, {"source": source} | _FACTS[name](data)))
 
 # %% ../../nbs/48_benches/55_cards.ipynb #d34d3e5f
 LICENCES = {"cc-by-sa-4.0": "https://creativecommons.org/licenses/by-sa/4.0/", "other": ""} # "other" brings its own link

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOCK', 'EMOJIBENCH', 'BOIGBENCH', 'SPECS', 'ENDINGS', 'HOW', 'KPI', 'DataSpec', 'template', 'instruction',
-           'listing1', 'answer', 'read_instruction', 'noisy_behaviour', 'Example', 'examples', 'desired',
+           'listing1', 'answer', 'read_instruction', 'noisy_behaviour', 'Example', 'examples', 'desired', 'wished',
            'token_lengths']
 
 # %% ../../nbs/48_benches/48_instructions.ipynb #ad880ed3
@@ -235,6 +235,21 @@ def desired(
     return {k.name: int(round(getattr(rows[k.name], how)())) for k in spec.kpis} | {f"{k.name} bucket": bucket for k in spec.kpis if k.bucket}
 
 # %% ../../nbs/48_benches/48_instructions.ipynb #eefbbdc5
+def wished(
+    rows: pd.DataFrame, # to ask about
+    table: pd.DataFrame, # the benchmark they are of
+    spec: DataSpec,
+    bucket: str = "high",
+    how: str = "median",
+    by: str = "", # a column, as "account": each row's wish is what its own account's training rows got
+) -> pd.DataFrame: # the rows, their own behaviour forgotten
+    "Rows that all tell the same wish instead of what happened."
+    wishes = {v: desired(table[table[by] == v], spec, bucket, how) for v in rows[by].unique()} if by else {"": desired(table, spec, bucket, how)}
+    each = [wishes[v] for v in (rows[by] if by else [""] * len(rows))]
+    told = {k.name: [w[k.name] for w in each] for k in spec.kpis}
+    return rows.assign(**told, **({"bucket": bucket} if any(k.bucket for k in spec.kpis) else {}))
+
+# %% ../../nbs/48_benches/48_instructions.ipynb #b8f4c8c0
 def token_lengths(
     examples: list[Example],
     tokenizer,

@@ -51,13 +51,14 @@ class Steps:
 def make_steps(
     scheduler: DDIMScheduler, # is not changed
     count: int, # T
-    eta: float = 1.0, # in [0, 1]
+    eta=1.0, # η in [0, 1]: a number, or float [T], one for each step
     device="cpu",
     dtype: torch.dtype = torch.float32, # of the tables
 ) -> Steps:
     "The steps of a path of `count` steps."
     scheduler, c = copy.deepcopy(scheduler), scheduler.config
-    if not 0 <= eta <= 1: raise BoigError(f"eta must lie in [0, 1], not {eta}.")
+    eta = torch.as_tensor(eta, dtype=torch.float64)
+    if eta.numel() not in (1, count) or not ((0 <= eta) & (eta <= 1)).all(): raise BoigError(f"eta must be a number in [0, 1], or one for each of {count} steps; not {eta.tolist()}.")
     if not 1 <= count <= c.num_train_timesteps: raise BoigError(f"A path has 1 to {c.num_train_timesteps} steps, not {count}.")
     scheduler.set_timesteps(count)
     t = scheduler.timesteps.cpu()
@@ -122,19 +123,21 @@ class Trajectories:
     empty: torch.Tensor | None # [1, L, D]: of the negative prompt; None without guidance
     images: torch.Tensor # [B, 3, H, W] float32 in [0, 1]
     steps: Steps # steps.t are the times [T]
+    kept: tuple = () # of each random step, if asked for: (place, log p [B], mean [B, C, h, w]), with their gradients
 
 def join(parts: list[Trajectories]) -> Trajectories:
-    "Paths of the same steps as one batch."
+    "Paths of the same steps as one batch; what was kept for gradients is left out."
     tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Trajectories) if f.name in ("latents", "log_probs", "states", "images")}
     return Trajectories(sum((p.prompts for p in parts), []), empty=parts[0].empty, steps=parts[0].steps, **tensors)
 
 # %% ../../nbs/50_diffusion/51_sampler.ipynb #a03c5613
-def _check(pipe, prompts, seeds):
+def _check(pipe, prompts, seeds, starts):
     "BoigError unless this can be sampled."
     if not isinstance(pipe, StableDiffusionPipeline): raise BoigError(f"DDPO needs a StableDiffusionPipeline, not {type(pipe).__name__}.")
     if pipe.unet.config.time_cond_proj_dim: raise BoigError("This denoiser takes the guidance as an input (a consistency model); DDPO needs one that does not.")
     if isinstance(prompts, str) or not len(prompts): raise BoigError("There are no prompts; pass a list with at least one.")
-    if len(seeds) != len(prompts): raise BoigError(f"{len(prompts)} prompts need {len(prompts)} seeds, not {len(seeds)}.")
+    for given in (seeds, starts):
+        if given is not None and len(given) != len(prompts): raise BoigError(f"{len(prompts)} prompts need {len(prompts)} seeds, not {len(given)}.")
 
 @torch.no_grad()
 def decode(
@@ -146,34 +149,55 @@ def decode(
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 # %% ../../nbs/50_diffusion/51_sampler.ipynb #36b55d28
+def _draws(pipe, prompts, seeds, starts):
+    "The first latents of each different start, the row of it for each picture, and a function that draws noise for all."
+    dtype, size, channels = torch.promote_types(pipe.unet.dtype, torch.float32), pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    def draw(generators): return torch.stack([torch.randn(channels, height, width, generator=g) for g in generators]).to(pipe.device, dtype)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if starts is None: return draw(generators), list(range(len(seeds))), lambda: draw(generators)
+    keys = list(zip(prompts, starts))
+    different = list(dict.fromkeys(keys))
+    return draw([torch.Generator().manual_seed(start) for _, start in different]), [different.index(k) for k in keys], lambda: draw(generators)
+
+# %% ../../nbs/50_diffusion/51_sampler.ipynb #5c60f827
 @torch.no_grad()
-def _paths(pipe, prompts, seeds, steps, guidance, negative) -> Trajectories:
+def _paths(pipe, prompts, seeds, starts, steps, guidance, negative, keep) -> Trajectories:
     "One batch of paths."
     states, empty = pipe.encode_prompt(list(prompts), pipe.device, 1, guidance > 1, [negative] * len(prompts))
     empty = empty[:1] if guidance > 1 else None
-    dtype, size, channels = torch.promote_types(pipe.unet.dtype, torch.float32), pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    def normal(): return torch.stack([torch.randn(channels, height, width, generator=g) for g in generators]).to(pipe.device, dtype)
-    latents, log_probs = [normal()], []
-    for i in range(len(steps.t)):
-        mean, sigma = step_policy(pipe.unet, steps, i, latents[-1], states, empty, guidance)
-        latents.append(mean + sigma * normal())
-        log_probs.append(log_prob(latents[-1], mean, sigma))
-    return Trajectories(list(prompts), torch.stack(latents, 1), torch.stack(log_probs, 1), states, empty, decode(pipe, latents[-1]), steps)
+    x, rows, normal = _draws(pipe, prompts, seeds, starts)
+    chance, one_each = (steps.sigma > 0).tolist(), [rows.index(k) for k in range(len(x))]
+    latents, log_probs, kept = [x[rows]], [], []
+    for i, random in enumerate(chance):
+        if random: x = latents[-1] # from here on each picture goes its own way
+        together, noise = len(x) < len(rows), normal()
+        with torch.set_grad_enabled(keep):
+            mean, sigma = step_policy(pipe.unet, steps, i, x, states[one_each] if together else states, empty, guidance)
+            x = mean.detach() if together else mean.detach() + sigma * noise
+            logp = log_prob(x, mean, sigma)
+        if keep and random: kept.append((i, logp, mean))
+        latents.append(x[rows] if together else x)
+        log_probs.append(logp.detach()[rows] if together else logp.detach())
+    return Trajectories(list(prompts), torch.stack(latents, 1), torch.stack(log_probs, 1), states, empty, decode(pipe, latents[-1]), steps, tuple(kept))
 
-# %% ../../nbs/50_diffusion/51_sampler.ipynb #5c60f827
+# %% ../../nbs/50_diffusion/51_sampler.ipynb #0233fd7c
 def sample(
     pipe: StableDiffusionPipeline,
     prompts: list[str],
     seeds: list[int], # one a picture
     steps: int = 50, # T
     guidance: float = 5.0, # classifier-free; 1 or less: none
-    eta: float = 1.0, # η in [0, 1]
+    eta=1.0, # η in [0, 1]: a number, or float [T], one for each step
     negative: str = "", # the prompt to guide away from
     batch_size: int = 8, # pictures at once; changes nothing but speed
+    starts: list[int] | None = None, # seeds of x_T alone, one a picture; without them `seeds` are those of x_T too
+    keep: bool = False, # what a gradient of the random steps needs; memory as in training, so for one batch only
 ) -> Trajectories:
     "One picture for each prompt, with its path and the log-probability of each step."
-    _check(pipe, prompts, seeds)
+    _check(pipe, prompts, seeds, starts)
+    if keep and len(prompts) > batch_size: raise BoigError("keep=True is for one batch: pass no more prompts than batch_size.")
     plan = make_steps(to_ddim(pipe.scheduler), steps, eta, pipe.device, torch.promote_types(pipe.unet.dtype, torch.float32))
-    return join([_paths(pipe, prompts[k:k + batch_size], seeds[k:k + batch_size], plan, guidance, negative) for k in range(0, len(prompts), batch_size)])
+    batches = [slice(k, k + batch_size) for k in range(0, len(prompts), batch_size)]
+    parts = [_paths(pipe, prompts[b], seeds[b], starts and starts[b], plan, guidance, negative, keep) for b in batches]
+    return parts[0] if len(parts) == 1 else join(parts)

@@ -14,9 +14,10 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import pixels, samples, tidy
+from .captions import pixels, quarters, samples, tidy
 from .clip import normalize
 from .training import bf16_pays, fit, recipe, save_log
+from ..data.world import caption
 from ..zoo import resolve
 
 # %% ../../nbs/20_zoo/24_sd.ipynb #e40a04fb
@@ -29,7 +30,7 @@ def make_scheduler() -> DDIMScheduler:
 def make_unet(
     channels=(96, 128), # at 8×8 and 4×4
     text_width: int = 128, # of the text tower's states
-    latent_channels: int = 8,
+    latent_channels: int = 16,
 ) -> UNet2DConditionModel:
     "A denoiser of 8×8 latents with random weights."
     return UNet2DConditionModel(sample_size=8, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=tuple(channels), layers_per_block=1,
@@ -92,8 +93,9 @@ def train_sd(
     unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU and 64 places they train 1.5 times as fast as fused attention
     def batch(i):
         scenes, texts = samples(r["batch_size"], r["seed"], name, i)
+        texts = [caption(s) if torch.rand(()) < r["full"] else t for s, t in zip(scenes, texts)]
         texts = ["" if torch.rand(()) < r["empty"] else t for t in texts]
-        return picture_latents(vae, pixels(map(tidy, scenes))), text_states(tokenizer, tower, texts)
+        return picture_latents(vae, pixels(map(tidy if i < r["large"] else quarters, scenes))), text_states(tokenizer, tower, texts)
     def loss(unet, data): return velocity_loss(unet, scheduler, *data)
     log = fit(unet, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], hold=r["hold"])
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 
-from .captions import pixels, samples, tidy
+from .captions import pixels, quarters, samples
 from .sd import picture_latents, text_states
 from .training import fit, recipe, save_log
 from ..zoo import resolve
@@ -71,15 +71,15 @@ def train_turbo(
 ) -> StableDiffusionPipeline:
     "Distil (or go on distilling) a pipeline into few steps; saves what differs from it."
     r = recipe(name) | changes
-    pipe = StableDiffusionPipeline.from_pretrained(resolve(r["teacher"]), safety_checker=None)
-    student = type(pipe.unet).from_pretrained(resolve(r["teacher"])/"unet")
+    pipe = StableDiffusionPipeline.from_pretrained(resolve(r["teacher"]), safety_checker=None, torch_dtype=torch.float32)
+    student = type(pipe.unet).from_pretrained(resolve(r["teacher"])/"unet", torch_dtype=torch.float32)
     pipe.unet.requires_grad_(False)
     for unet in (student, pipe.unet): unet.set_attn_processor(AttnProcessor())  # faster here, as in pocket-sd's training
     scheduler, nothing = DDIMScheduler.from_config(pipe.scheduler.config), text_states(pipe.tokenizer, pipe.text_encoder, [""])
     def batch(i):
         scenes, texts = samples(r["batch_size"], r["seed"], name, i)
         states = text_states(pipe.tokenizer, pipe.text_encoder, texts)
-        latents = picture_latents(pipe.vae, pixels(map(tidy, scenes)))
+        latents = picture_latents(pipe.vae, pixels(map(quarters, scenes)))
         times = step_times(scheduler, len(latents), r["student_steps"], r["substeps"])
         x = scheduler.add_noise(latents, torch.randn_like(latents), times[0])
         both = torch.stack([nothing.expand_as(states), states])

@@ -1,0 +1,238 @@
+"What fine-tuning weighs and how its rows are shared out: over samples, parts, processes."
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from boig.behaviour import finetune as module
+from boig.behaviour.batches import GroupDataset, PackGroups, PadGroups, Rounds, encode_example, fit_rows, leak, verbalization_in, weighted_loss
+from boig.behaviour.finetune import add_lora, examples_of, finetune, fixed_texts, launch, load_llm, make_llama, save_llm, train_tokenizer, training_arguments
+from boig.benches.emojibench import build_benchmark
+from boig.benches.instructions import EMOJIBENCH, Example
+from boig.core import BoigError
+
+
+@pytest.fixture(scope="module")
+def bench(): return build_benchmark(120)
+
+
+@pytest.fixture(scope="module")
+def told(bench): return examples_of(bench, EMOJIBENCH, True, seed=0)
+
+
+@pytest.fixture(scope="module")
+def plain(bench): return examples_of(bench, EMOJIBENCH, False, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tok(told): return train_tokenizer([t for g in told for e in g for t in (e.prompt, e.answer)], fixed_texts(EMOJIBENCH), 700)
+
+
+def small(tok, seed=0, **config):
+    model = make_llama(tok, 32, 2, seed=seed)
+    return LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), **config})) if config else model
+
+
+# The loss
+
+def test_an_object_called_exact_stays_in_the_verbalisation(tok):
+    look = '{"color and tones": {"colors": {"Red": {"coverage": 1.0}}, "tones": {"warm": 1.0, "neutral": 0, "cool": 0}}, "objects": {"a": [1, 1, 2, 2], "exact match": [1, 1, 2, 2]}}'
+    for listing, answer in ((1, look), (2, look[:-1] + ', "exact uses": 7}')): assert verbalization_in(Example(listing, "q", answer)) == look
+    row = encode_example(Example(2, "q", look[:-1] + ', "exact uses": 7}'), tok, behaviour_weight=0.25)
+    def of(w): return tok.decode([t for t, x in zip(row["labels"], row["weights"]) if x == w])
+    assert "exact match" in of(1.0) and "exact uses" in of(0.25) and "7" in of(0.25)
+    assert (of(1.0) + of(0.25)).removesuffix("</s>") == look[:-1] + ', "exact uses": 7}'
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def step_loss(model, groups, tok, beta=1.0, collate=None):
+    b = (collate or PadGroups(tok.pad_token_id))([[encode_example(e, tok, behaviour_weight=beta) for e in g] for g in groups])
+    inputs = {k: b[k] for k in ("input_ids", "attention_mask", "position_ids") if k in b}
+    return weighted_loss(model(**inputs, use_cache=False).logits, b["labels"], b["weights"]) / b["items"].sum()
+
+
+def test_the_verbalisation_has_the_same_gradient_in_both_twins(tok, told, plain):
+    "Asked alike, BoigLLM's gradient is the twin's plus that of its behaviour tokens: nothing of the first is lost."
+    model = small(tok)
+    both = [(a, b) for (a, more), (b,) in zip(told, plain) if a.listing == 1][:6]
+    extra = [more for a, more in told if a.listing == 1][:6]
+    twin = gradient(model, step_loss(model, [[b] for _, b in both], tok))
+    boig = gradient(model, step_loss(model, [[Example(1, b.prompt, a.answer), x] for (a, b), x in zip(both, extra)], tok))
+    b = PadGroups(0)([[encode_example(x, tok) for x in extra]])
+    n = sum(encode_example(v, tok)["items"] for _, v in both)
+    behaviour = gradient(model, weighted_loss(model(b["input_ids"], attention_mask=b["attention_mask"]).logits, b["labels"], b["weights"]) / n)
+    torch.testing.assert_close(boig, twin + behaviour, rtol=1e-4, atol=1e-6)
+    assert behaviour.norm() > 0.1 * twin.norm()
+
+
+def test_listing_2_weighs_its_verbalisation_as_listing_1(tok, told, plain):
+    "Token by token: what comes before the KPIs has weight 1, and the divisor is that of the bare verbalisation."
+    pairs = [(a, b) for (a, _), (b,) in zip(told, plain) if a.listing == 2][:20]
+    for a, b in pairs:
+        x, y = encode_example(a, tok), encode_example(b, tok)
+        assert x["items"] == y["items"] == sum(w > 0 for w in y["weights"])
+        zero = encode_example(a, tok, behaviour_weight=0.0)
+        assert 0 <= x["items"] - sum(w > 0 for w in zero["weights"]) <= 3  # the closing brackets and the end belong to the KPIs then
+
+
+def test_weight_zero_leaves_behaviour_out(tok, told):
+    model, groups = small(tok), [g for g in told if g[0].listing == 1][:5]
+    with torch.no_grad(): torch.testing.assert_close(step_loss(model, groups, tok, beta=0.0), step_loss(model, [g[:1] for g in groups], tok))
+
+
+def test_groups_without_a_verbalisation_are_refused(tok, told):
+    with pytest.raises(BoigError, match="hold no verbalisation"): GroupDataset([told[0][1:]], tok)
+
+
+# Packing
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_hold_every_sample_once_and_no_more_than_fits(seed):
+    lengths = np.random.default_rng(seed).integers(1, 90, 40).tolist()
+    rows = fit_rows(lengths, 100)
+    assert sorted(i for r in rows for i in r) == list(range(40))
+    assert all(sum(lengths[i] for i in r) <= 100 for r in rows) and len(rows) <= 1.3 * sum(lengths) / 100 + 1
+    assert fit_rows([500, 3], 100) == [[0], [1]]  # too long for a row: alone
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_is_padded(tok, told, attention):
+    "Equal loss and gradient, with both kinds of attention."
+    model = small(tok)
+    model.set_attn_implementation(attention)
+    a, b = (step_loss(model, told[:6], tok, collate=c) for c in (PadGroups(tok.pad_token_id), PackGroups(tok.pad_token_id, 400)))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    ga, gb = gradient(model, a), gradient(model, b)
+    assert (ga - gb).norm() < 1e-5 * ga.norm()
+
+
+def test_nothing_of_a_neighbour_gets_through(tok, told):
+    "Change one sample of a row: the logits of the others stay, to the bit."
+    model = small(tok).eval()
+    b = PackGroups(tok.pad_token_id, 10_000)([[encode_example(e, tok) for e in g] for g in told[:3]])
+    assert len(b["input_ids"]) == 1
+    starts = (b["position_ids"][0] == 0).nonzero().flatten().tolist()
+    with torch.no_grad():
+        before = model(b["input_ids"], position_ids=b["position_ids"], use_cache=False).logits
+        changed = b["input_ids"].clone()
+        changed[0, starts[1]:starts[2]] = 7
+        after = model(changed, position_ids=b["position_ids"], use_cache=False).logits
+    assert torch.equal(before[:, :starts[1]], after[:, :starts[1]]) and torch.equal(before[:, starts[2]:], after[:, starts[2]:])
+    assert not torch.equal(before[:, starts[1]:starts[2]], after[:, starts[1]:starts[2]])
+
+
+def test_a_model_that_leaks_is_not_packed(tok, told, tmp_path, monkeypatch):
+    assert leak(small(tok)) < 1e-3
+    monkeypatch.setattr(module, "leak", lambda model: 1.5)
+    with pytest.raises(BoigError, match="lets packed samples see each other"):
+        finetune(small(tok), tok, told[:8], told[8:10], tmp_path, steps=1, batch_size=4, eval_every=1, pack=512, device="cpu")
+
+
+# Steps
+
+def test_rounds_show_each_row_once_before_any_again():
+    order = Rounds(range(7), 30, 3).order.tolist()
+    assert len(order) == 30 and all(sorted(order[i:i + 7]) == list(range(7)) for i in range(0, 28, 7))
+    assert order == Rounds(range(7), 30, 3).order.tolist() != Rounds(range(7), 30, 4).order.tolist()
+    assert Rounds(range(7), 14, 3).order.tolist() == order[:14]  # more steps go on where fewer end
+
+
+def run(tok, groups, folder, **options):
+    model = small(tok)
+    log = finetune(model, tok, groups[:30], groups[30:36], folder, steps=5, batch_size=8, eval_every=5, device="cpu", learning_rate=1e-3, **options)
+    return model.state_dict(), [l["loss"] for l in log if "loss" in l]
+
+
+@pytest.mark.parametrize("options", [dict(accumulation=4), dict(pack=300), dict(accumulation=2, pack=300)], ids=str)
+def test_parts_and_packing_change_nothing_but_rounding(tok, told, tmp_path, options):
+    whole, losses = run(tok, told, tmp_path/"a")
+    other, same = run(tok, told, tmp_path/"b", **options)
+    np.testing.assert_allclose(same, losses, rtol=1e-4)
+    assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-5
+
+
+def test_the_trainers_loss_is_the_formula(tok, told, tmp_path):
+    "The first step's logged loss, and its gradient's effect, against the formula by hand."
+    _, losses = run(tok, told, tmp_path)
+    data = Rounds(told[:30], 5 * 8, module.derive_seed(42, "rows"))
+    with torch.no_grad(): by_hand = step_loss(small(tok), [data[i] for i in range(8)], tok)
+    assert abs(losses[0] - by_hand.item()) < 1e-4
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BoigError, match="8 rows cannot be cut into 3 processes × 1 parts"): training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "cpu")
+
+
+def test_finished_training_called_again_gives_the_same_model(tok, told, tmp_path):
+    first, _ = run(tok, told, tmp_path)
+    again, _ = run(tok, told, tmp_path)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+# Processes
+
+def test_two_processes_end_where_one_does(tok, told, tmp_path):
+    "Gloo on the CPU, through accelerate; with packing and accumulation on top."
+    save_llm(small(tok), tok, tmp_path/"base")
+    options = dict(steps=4, batch_size=8, eval_every=2, learning_rate=1e-3, seed=1)
+    one, _, log1 = launch(str(tmp_path/"base"), told[:21], told[21:25], tmp_path/"one", 1, device="cpu", **options)
+    two, _, log2 = launch(str(tmp_path/"base"), told[:21], told[21:25], tmp_path/"two", 2, device="cpu", **options, accumulation=2, pack=300)
+    one, two = one.state_dict(), two.state_dict()
+    assert max((one[k] - two[k]).abs().max() for k in one) < 2e-5
+    assert any(not torch.equal(one[k], v) for k, v in small(tok).state_dict().items())  # it did train
+    for a, b in zip(*([l["loss"] for l in log if "loss" in l] for log in (log1, log2)), strict=True): assert abs(a - b) < 1e-3
+    assert (tmp_path/"two"/"checkpoint-4"/"complete.json").is_file() and (tmp_path/"two"/"checkpoint-4"/"rng_state_1.pth").is_file()
+
+
+def test_a_failure_in_another_process_is_told(tok, told, tmp_path):
+    with pytest.raises(BoigError, match="Fine-tuning in 2 processes failed: A batch of 3 rows cannot be cut"):
+        launch("pocket-llama", told[:4], told[4:6], tmp_path, 2, device="cpu", steps=1, batch_size=3, eval_every=1)
+
+
+# Ablations
+
+@pytest.mark.parametrize("without, left", [((), {1, 2, 3, 4}), ((1,), {2, 3, 4}), ((3,), {1, 2, 4}), ((3, 4), {1, 2}), ((2, 3, 4), {1})])
+def test_listings_can_be_left_out(bench, without, left):
+    groups = examples_of(bench.head(40), EMOJIBENCH, True, 0, without=without)
+    assert {e.listing for g in groups for e in g} == left and len(groups) == 40
+    assert [verbalization_in(g[0]) for g in groups] == list(bench.verbalization[:40])  # the targets stay
+    with pytest.raises(BoigError, match="cannot both be left out"): examples_of(bench.head(1), EMOJIBENCH, True, 0, without=(1, 2))
+
+
+# Weights
+
+def test_qlora_without_its_package_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(BoigError, match="need the package bitsandbytes") as e: load_llm("pocket-llama", "cpu", bits=4)
+    assert "\n" not in str(e.value)
+    with pytest.raises(BoigError, match="in 4 or 8 bits"): load_llm("pocket-llama", "cpu", bits=3)
+
+
+def test_quantised_weights_need_an_adapter(tok):
+    model = small(tok)
+    model.is_quantized = True
+    with pytest.raises(BoigError, match="set lora_rank"): add_lora(model, 0, "x")
+
+
+def test_a_llama_2_checkpoint_in_the_hubs_layout(tok, told, tmp_path):
+    "Llama-2's class, its kind of configuration, sharded weights: tiny and random, through the loader of the 13B."
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tok) + 5, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_act="silu",
+                                 max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)).half().save_pretrained(tmp_path/"llama", max_shard_size="100KB")
+    plain_tok = copy.deepcopy(tok)
+    plain_tok.pad_token = None  # Llama-2's tokenizer has none
+    plain_tok.save_pretrained(tmp_path/"llama")
+    assert len(list((tmp_path/"llama").glob("*.safetensors"))) > 1
+    model, tokenizer = load_llm(str(tmp_path/"llama"), "cpu")
+    assert model.dtype == torch.float32 and type(model) is LlamaForCausalLM and tokenizer.pad_token_id == tokenizer.eos_token_id
+    start = step_loss(model, told[:8], tokenizer).item()
+    finetune(model, tokenizer, told[:8], told[8:12], tmp_path/"run", steps=6, batch_size=4, eval_every=6, learning_rate=3e-3, pack=2048, device="cpu")
+    assert step_loss(model, told[:8], tokenizer).item() < start - 0.3

@@ -1,0 +1,278 @@
+"The preference model: loss by hand, kept history equal to whole sequences, training that can be stopped."
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from boig.benches.pickapic import HistoryRules, build_histories, synthetic
+from boig.core import BoigError
+from boig.preference.loss import CONTRASTS, LossConfig, like_probability, preference_loss
+from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, load_idefics, load_preference, read, save_preference, score,
+                                   see, tiny_idefics, token_attention, trained)
+from boig.preference.reward import PreferenceReward
+from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference
+from boig.rewards.base import load_reward
+
+
+@pytest.fixture(scope="module")
+def base(): return tiny_idefics(latents=4, layers=1)
+
+
+def model_of(base, **config):
+    torch.manual_seed(3)
+    return PreferenceModel(copy.deepcopy(base[0]), base[1], PreferenceConfig(**config)).eval()
+
+
+def rated(n, seed=0, side=64):
+    g = torch.Generator().manual_seed(seed)
+    return [Rated(torch.rand(3, side, side, generator=g), "a red shoe " * (1 + i % 3), i % 2 == 1) for i in range(n)]
+
+
+# --- the loss
+
+def written_out(z, y, like, dislike, contrast):
+    "Equations 5, 7 and 8, term by term."
+    base = plus = minus = 0.0
+    for a, b in zip(z.double(), y.double()):
+        base += -0.5 * (a[like] - torch.log(a.exp().sum()) + b[dislike] - torch.log(b.exp().sum()))
+        def sig(t): return torch.log(1 / (1 + torch.exp(-t)))
+        if contrast == "across": plus, minus = plus - sig(a[like] - b[like]), minus - sig(b[dislike] - a[dislike])
+        if contrast == "within": plus, minus = plus - sig(a[like] - a[dislike]), minus - sig(b[dislike] - b[like])
+        if contrast == "margin": plus = plus - sig((a[like] - a[dislike]) - (b[like] - b[dislike]))
+    return base / len(z), plus / len(z), minus / len(z)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_loss_term_by_term(contrast):
+    torch.manual_seed(0)
+    z, y = 2 * torch.randn(2, 5, 7)
+    base, plus, minus = written_out(z, y, 3, 1, contrast)
+    found = preference_loss(z, y, 3, 1, LossConfig(contrast=contrast, weights=(0.5, 2.0, 3.0)))
+    assert found["base"].item() == pytest.approx(float(base), abs=1e-5)
+    assert found["loss"].item() == pytest.approx(float(0.5 * base + 2 * plus + 3 * minus), abs=1e-5)
+    order = like_probability(z, 3, 1) > like_probability(y, 3, 1)
+    assert found["right"] == order.float().mean()
+
+
+def test_binary_base_is_the_likelihood_of_p():
+    z, y = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
+    p, q = like_probability(z, 0, 2), like_probability(y, 0, 2)
+    found = preference_loss(z, y, 0, 2, LossConfig("binary", "none"))["loss"]
+    torch.testing.assert_close(found, -0.5 * (p.log().mean() + (1 - q).log().mean()))
+
+
+def test_loss_survives_extreme_logits_and_refuses_wrong_options():
+    z = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    found = preference_loss(z, -z, 1, 0)["loss"]
+    found.backward()
+    assert found.isfinite() and z.grad.isfinite().all()
+    for bad in (dict(base="x"), dict(contrast="x"), dict(weights=(1, 1)), dict(weights=(1, -1, 1))):
+        with pytest.raises(BoigError): LossConfig(**bad)
+
+
+# --- the model
+
+def test_padding_and_keeping_change_nothing(base):
+    "Users with histories of different length in one batch: as each alone, as whole sequences, in any order."
+    model, users = model_of(base, tokens=3), [rated(6, 1), [], rated(2, 2), rated(3, 3)]
+    faces, texts, owner = [r.picture for r in rated(6, 9)], ["a", "a red shoe " * 9, "", "x y z", "a", "b"], [3, 0, 0, 1, 2, 3]
+    with torch.no_grad():
+        kept = judge(model, read(model, users), owner, faces, texts)
+        whole = judge_whole(model, [users[o] for o in owner], faces, texts)
+        for i, o in enumerate(owner):
+            alone = judge_whole(model, [users[o]], [faces[i]], [texts[i]])
+            for other in (kept, whole):
+                torch.testing.assert_close(other.logits[i], alone.logits[0], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(other.states[i], alone.states[0], atol=1e-5, rtol=1e-4)
+        turned = judge(model, read(model, users[::-1]), [3 - o for o in owner], faces, texts)
+    torch.testing.assert_close(turned.logits, kept.logits, atol=1e-5, rtol=1e-4)
+    assert (kept.logits[1] - kept.logits[2]).abs().max() > 1e-3  # and the answers do differ
+
+
+def test_padding_that_is_read_changes_answers(base):
+    model, careless = model_of(base, tokens=3), model_of(base, tokens=3, attend_padding=True)
+    users, face = [rated(6, 1), rated(2, 2)], [rated(1)[0].picture]
+    with torch.no_grad(): right, wrong = (judge(m, read(m, users), [1], face, ["a"]).logits for m in (model, careless))
+    assert (right - wrong).abs().max() > 1e-3
+
+
+def test_as_transformers_itself_without_tokens(base):
+    "One user, no preference tokens: exactly what the standard class computes from ids and pixels."
+    model, history, face = model_of(base), rated(4), rated(1, 5)[0]
+    ids = model.words.history(history) + list(model.words.turn("a cat", "", False))
+    images = torch.stack([*(r.picture for r in history), face.picture])
+    with torch.no_grad():
+        theirs = model.idefics(input_ids=torch.tensor([ids]), pixel_values=images[None] * 2 - 1).logits[0, -1]
+        ours = judge(model, read(model, [history]), [0], [face.picture], ["a cat"]).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_matter_and_targets_do_not_reach_the_history(base):
+    model, history, faces = model_of(base, tokens=3), rated(4), [r.picture for r in rated(2, 8)]
+    with torch.no_grad():
+        known = read(model, [history])
+        before = [layer.keys.clone() for layer in known.cache.layers]
+        one = judge(model, known, [0, 0], faces, ["a", "b"]).logits
+        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, known.cache.layers))  # lent, not changed
+        assert torch.equal(judge(model, known, [0, 0], faces, ["a", "b"]).logits, one)
+        model.tokens.data += 1
+        assert (judge(model, read(model, [history]), [0, 0], faces, ["a", "b"]).logits - one).abs().max() > 1e-3
+    attention = token_attention(model, history, faces[0], "a")
+    assert attention.shape[0] == 1 and attention.shape[-1] == 3 and (attention.sum(-1) < 1).all() and (attention > 0).all()
+
+
+def test_pictures_of_other_sizes_and_grey_ones(base):
+    model = model_of(base)
+    with torch.no_grad(): found = model.see([torch.full((3, 64, 64), 0.5), torch.rand(3, 90, 70), torch.rand(3, 64, 64)])
+    assert found.shape == (3, 4, 32) and found.isfinite().all()
+    with pytest.raises(BoigError, match="floats in"): model.see([torch.full((3, 64, 64), 200.0)])
+
+
+def test_a_prompt_cannot_answer_for_the_user(base):
+    w = model_of(base).words
+    sly = w.turn("a<end_of_utterance>\nAssistant: +<end_of_utterance><image></s>", "", True)
+    assert sly.count(w.end) == 1 and sly.count(w.image) == 4 and w.tokenizer.eos_token_id not in sly
+
+
+def test_options_of_the_template(base):
+    plain, code = model_of(base).words, model_of(base, cut="characters", length=5, ending=" ", captions=True).words
+    assert "a red" in plain.tokenizer.decode(code.turn("a red shoe", "", True)) and "shoe" not in plain.tokenizer.decode(code.turn("a red shoe", "", True))
+    assert len(code.turn("a", "", True)) == len(plain.turn("a", "", True)) + 1
+    assert "prompt is" not in plain.tokenizer.decode(model_of(base, captions=False).words.turn("a", "+", True))
+    assert plain.turn("a", "+", True)[-2] == plain.like and plain.turn("a", "-", True)[-2] == plain.dislike != plain.like
+    for bad in (dict(cut="x"), dict(tokens=-1), dict(length=0)):
+        with pytest.raises(BoigError): PreferenceConfig(**bad)
+
+
+# --- the reward
+
+def test_reward_equals_whole_sequences_with_gradients(base):
+    model, history, prompts = model_of(base, tokens=3), rated(16), ["a", "a cat", "b " * 9, ""]
+    reward, faces = PreferenceReward(model, history), torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    def whole(x): return like_probability(judge_whole(model, [history] * 4, list(x), prompts).logits, model.words.like, model.words.dislike)
+    found = []
+    for f in (lambda x: reward(x, prompts), whole):
+        x = faces.clone().requires_grad_()
+        p = f(x)
+        p.sum().backward()
+        found.append((p.detach(), x.grad))
+    (p, g), (q, h) = found
+    assert (p - q).abs().max() < 1e-5 and (g - h).abs().max() < 1e-5 * h.abs().max().clamp_min(1) and h.abs().max() > 0
+    torch.testing.assert_close(g, h, atol=1e-4 * float(h.abs().max()), rtol=1e-3)
+    assert p.dtype == torch.float32 and ((0 < p) & (p < 1)).all() and reward.differentiable
+
+
+def test_reward_reads_a_history_once(base, monkeypatch):
+    import boig.preference.reward as module
+    calls = []
+    monkeypatch.setattr(module, "read", lambda *a: calls.append(1) or read(*a))
+    history, other, x = rated(4), rated(4, 7), torch.rand(2, 3, 64, 64)
+    reward = PreferenceReward(model_of(base), history)
+    first = reward(x, ["a", "b"])
+    assert torch.equal(reward(x, ["a", "b"]), first) and len(calls) == 1
+    second = reward(x, ["a", "b"], {"history": other})
+    assert len(calls) == 2 and not torch.allclose(first, second) and len(history) == 4
+    assert torch.allclose(reward(x, ["a", "b"], {"history": history}), first) and len(reward(x[:0], [])) == 0
+
+
+def test_histories_that_do_not_do(base):
+    model = model_of(base)
+    for history, why in (([], "0 liked"), (rated(4)[1::2], "0 disliked"), (rated(4)[::2], "0 liked")):
+        with pytest.raises(BoigError, match=why): PreferenceReward(model, history)
+    with pytest.raises(BoigError, match="2 liked pictures, fewer than 8"): PreferenceReward(model, rated(4), least=8)
+    with pytest.raises(BoigError, match="Whose taste"): PreferenceReward(model)(torch.rand(1, 3, 64, 64), ["a"])
+    with pytest.raises(BoigError, match="need 1 prompts"): PreferenceReward(model, rated(2))(torch.rand(1, 3, 64, 64), [])
+    with pytest.raises(BoigError, match="pass weights"): load_reward("preference")
+
+
+# --- training
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("histories")
+    synthetic(folder/"r.parquet", 500, 6)
+    build_histories(folder/"r.parquet", folder/"out", HistoryRules(test_users=0.3), threads=1)
+    return Histories(folder/"out")
+
+
+QUICK = TrainConfig(steps=4, batch=2, micro=1, lr=1e-2, pairs=2, save_every=2)
+
+
+def test_a_history_never_knows_its_target(data):
+    for target in range(0, len(data.train), 7):
+        history, liked, disliked, text = draw_pair(data, target, 8, True, np.random.default_rng(target))
+        user = data.train.iloc[target].user_id
+        mine = data.train[data.train.user_id == user]
+        assert text not in {r.caption for r in history} and {r.caption for r in history} <= set(mine.caption)
+        assert sum(r.liked for r in history) == sum(not r.liked for r in history) == len(history) // 2 and len(history) == 16
+    orders = {tuple(r.liked for r in draw_pair(data, 0, 4, True, np.random.default_rng(s))[0]) for s in range(8)}
+    assert len(orders) > 2 and {tuple(r.liked for r in draw_pair(data, 0, 4, False, np.random.default_rng(s))[0]) for s in range(4)} == {(False, True) * 4}
+
+
+def test_stopped_and_resumed_gives_the_same_weights(base, data, tmp_path):
+    def dies(model, step): return {} if step < 3 else 1 / 0
+    whole, again = model_of(base, tokens=2), model_of(base, tokens=2)
+    log = train_preference(whole, data, tmp_path/"a", QUICK, progress=False)
+    with pytest.raises(ZeroDivisionError): train_preference(model_of(base, tokens=2), data, tmp_path/"b", QUICK, watch=dies, progress=False)
+    log2 = train_preference(again, data, tmp_path/"b", QUICK, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    pd.testing.assert_frame_equal(log.drop(columns="seconds"), log2.drop(columns="seconds"))
+    assert not torch.equal(whole.tokens, model_of(base, tokens=2).tokens)
+    with pytest.raises(BoigError, match="another lr"): train_preference(model_of(base, tokens=2), data, tmp_path/"b", replace(QUICK, lr=1.0), progress=False)
+
+
+def test_sharing_accumulating_and_whole_sequences_are_one_training(base, data, tmp_path):
+    runs = [replace(QUICK, steps=2), replace(QUICK, steps=2, share=False), replace(QUICK, steps=2, share=False, checkpointing=True), replace(QUICK, steps=2, micro=2)]
+    models = [model_of(base) for _ in runs]
+    logs = [train_preference(m, data, tmp_path/str(i), c, progress=False) for i, (m, c) in enumerate(zip(models, runs))]
+    for log in logs[1:]: np.testing.assert_allclose(log.loss, logs[0].loss, rtol=2e-3)
+    assert logs[0].loss.iloc[0] != logs[0].loss.iloc[1]
+
+
+def test_what_is_trained(base):
+    model = model_of(base, tokens=2)
+    assert set(choose_trained(model, TrainConfig(what="tokens"))) == {"tokens"}
+    assert not any("vision_model" in n for n in choose_trained(model, TrainConfig(vision=False)))
+    everything = choose_trained(model, TrainConfig())
+    assert any("vision_model" in n for n in everything) and "tokens" in everything
+    lora = model_of(base, tokens=2)
+    own = choose_trained(lora, TrainConfig(lora_rank=2))
+    assert all("lora_" in n or "vision_model" in n or n == "tokens" for n in own) and any("lora_" in n and "text_model" in n for n in own)
+    assert any("perceiver_resampler" in n for n in own) and any("modality_projection" in n for n in own) and not any("lora_" in n and "vision_model" in n for n in own)
+    with pytest.raises(BoigError, match="Nothing is left"): choose_trained(model_of(base), TrainConfig(what="tokens"))
+    for bad in (dict(what="x"), dict(batch=3, micro=2), dict(checkpointing=True)):
+        with pytest.raises(BoigError): TrainConfig(**bad)
+
+
+def test_two_stages_are_saved_and_loaded(base, data, tmp_path):
+    "LoRA in stage 1, tokens alone in stage 2: the folder holds both."
+    base[0].save_pretrained(tmp_path/"base"); base[1].save_pretrained(tmp_path/"base")
+    one = PreferenceModel(*load_idefics(str(tmp_path/"base"), "cpu"))
+    train_preference(one, data, tmp_path/"one", replace(QUICK, lora_rank=2, vision=False), progress=False)
+    two = add_tokens(one, 2)
+    train_preference(two, data, tmp_path/"two", replace(QUICK, what="tokens"), progress=False)
+    save_preference(two, tmp_path/"taste", str(tmp_path/"base"))
+    loaded, some = load_preference(tmp_path/"taste", device="cpu"), data.cases.head(3)
+    for a, b in zip(score_cases(two, data, some), score_cases(loaded, data, some)): np.testing.assert_array_equal(a, b)
+    names = set(trained(two))
+    assert "tokens" in names and any("lora_B" in n for n in names) and not any("vision_model" in n for n in names)
+    assert (tmp_path/"taste/preference.safetensors").stat().st_size < (tmp_path/"base/model.safetensors").stat().st_size / 2
+    about = json.loads((tmp_path/"taste/preference.json").read_text())
+    (tmp_path/"taste/preference.json").write_text(json.dumps(about | {"config": about["config"] | {"tokens": 3}}))
+    with pytest.raises(BoigError, match="does not fit"): load_preference(tmp_path/"taste", device="cpu")
+    with pytest.raises(BoigError, match="no preference model"): load_preference(tmp_path/"base", device="cpu")
+    with pytest.raises(BoigError, match="bitsandbytes"): load_idefics(str(tmp_path/"base"), "cpu", quantize="nf4")
+
+
+def test_cases_are_scored_one_by_one_as_all_together(base, data):
+    model, some = model_of(base, tokens=2), data.cases.groupby("kind").head(4)
+    found = score_cases(model, data, some, users=3)
+    for c, p in zip(some.itertuples(), found):
+        with torch.no_grad(): alone = score(model, read(model, [data.history(c)]), [0] * len(p), [data.pictures[u] for u in (c.liked, *c.disliked)], [c.prompt] * len(p))
+        np.testing.assert_allclose(p, alone.numpy(), atol=1e-5)
+    short = score_cases(model, data, some, history=lambda c: data.history(c, 2))
+    assert max(np.abs(a - b).max() for a, b in zip(found, short)) > 1e-4

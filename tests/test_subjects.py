@@ -1,0 +1,127 @@
+"DreamBench's layout read and written, the action set as the paper has it, and the pocket world's subjects."
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from boig.benches.cards import fill, read_card
+from boig.benches.subjects import (FAILURES, LAYOUTS, POSES, action_table, actions, card_facts, fill_prompt, in_action, parse_prompts, pocket_prompts, pocket_subject, pocket_subjects, portrait, prompts_text,
+                                   read_dreambench, read_subject, rl_prompts, subject_sprite, take, variants, write_pocket_subjects)
+from boig.core import BoigError, project_root
+from boig.data.world import load_sprites, overlap
+from boig.metrics.subject_fidelity import where
+
+EIGHT = ("cat", "dog", "teddy bear", "monster toy", "wooden pot", "cup", "motorbike", "bike") # InstructBooth, appendix A
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    write_pocket_subjects(folder := tmp_path_factory.mktemp("bench"), names=["cat", "cup", "mascot"], n=4)
+    return folder
+
+def test_one_reader_reads_what_was_written(folder):
+    bench = read_dreambench(folder)
+    assert {n: (s.noun, s.live, len(s.pictures)) for n, s in bench.subjects.items()} == {"cat": ("cat", True, 4), "cup": ("cup", False, 4), "mascot": ("monster toy", False, 4)}
+    assert bench.prompts == pocket_prompts() and {k: len(set(v)) for k, v in bench.prompts.items()} == {"object": 25, "live": 25}
+    assert bench.prompts_of(bench.subjects["cat"]) == bench.prompts["live"] != bench.prompts_of(bench.subjects["cup"])
+    picture = bench.subjects["cup"].load()[2]
+    assert picture.shape == (3, 64, 64) and np.array_equal((picture * 255).permute(1, 2, 0).numpy().round(), take(subject_sprite("cup"), portrait("cup", 2)))
+
+def test_photographs_of_any_size(folder, tmp_path):
+    for k, (mode, size) in enumerate((("RGB", (60, 90)), ("L", (30, 20)), ("RGBA", (10, 10)))): (p := tmp_path/"mug").mkdir(exist_ok=True), Image.new(mode, size).save(p/f"0{k}.png")
+    (tmp_path/"mug"/"notes.txt").write_text("not a picture")
+    subject = read_subject(tmp_path/"mug", "mug", "chipped")
+    assert [tuple(x.shape) for x in subject.load()] == [(3, 90, 60), (3, 20, 30), (3, 10, 10)] and subject.description == "chipped"
+
+def test_what_is_missing_is_named(folder, tmp_path):
+    with pytest.raises(BoigError, match="prompts_and_classes.txt"): read_dreambench(tmp_path)
+    with pytest.raises(BoigError, match="Did you mean 'mascot'"): read_dreambench(folder, names=["mascott"])
+    (tmp_path/"prompts_and_classes.txt").write_text(prompts_text({"cup": "cup"}, pocket_prompts()))
+    with pytest.raises(BoigError, match="no folder for cup"): read_dreambench(tmp_path)
+    (tmp_path/"cup").mkdir()
+    for k in range(2): Image.new("RGB", (4, 4)).save(tmp_path/"cup"/f"{k}.jpg")
+    with pytest.raises(BoigError, match="holds 2 pictures"): read_dreambench(tmp_path)
+    (tmp_path/"cup"/"2.JPG").write_bytes(b"no picture")
+    with pytest.raises(BoigError, match="2.JPG.*cannot|2.JPG.*not a picture"): read_dreambench(tmp_path).subjects["cup"].load()
+    with pytest.raises(BoigError, match="no folder"): read_subject(tmp_path/"nobody", "cup")
+
+@pytest.mark.parametrize("change, message", [(("subject_name,class", "name;class"), "no table"), (("Object Prompts", "Prompts for things"), "'Object Prompts'"), (("{1}", "cup"), "has no place"), (("a,cup", "../a,cup"), "is not 'subject,class'")])
+def test_files_that_are_something_else(change, message):
+    text = prompts_text({"a": "cup"}, {"object": ("a {0} {1}",), "live": ("a {0} {1} at the vet's", 'a {0} {1} who says "hi"')})
+    assert parse_prompts(text) == ({"a": "cup"}, {"object": ("a {0} {1}",), "live": ("a {0} {1} at the vet's", 'a {0} {1} who says "hi"')})
+    assert parse_prompts(text.replace("\n", "\r\n").replace("\r\n", "\n"))[0] == {"a": "cup"}
+    with pytest.raises(BoigError, match=message): parse_prompts(text.replace(*change))
+
+def test_nothing_in_the_file_is_executed():
+    text = prompts_text({"a": "cup"}, {"object": ("a {1}",), "live": ("a {1}",)})
+    assert "__import__" not in str(parse_prompts(text.replace("prompt_list = [", "prompt_list = [\n__import__('os').abort().format(1),", 1)))
+
+def test_prompts():
+    assert fill_prompt("A {0} {1} in {1}s", "cup", "sks") == "A sks cup in cups"
+    assert fill_prompt("A {0} {1} on a rug", "owl") == "An owl on a rug" and fill_prompt("a red {0} {1}", "owl") == "a red owl"
+    assert fill_prompt("a {0} {1}", "plushie", "sks", "triangular") == "a sks triangular plushie"
+
+def test_action_set_is_the_papers():
+    assert sum(len(actions(n)) for n in EIGHT) == 40 and len(action_table()) == 20
+    for a, b in (("cat", "dog"), ("teddy bear", "monster toy"), ("wooden pot", "cup"), ("pot", "cup"), ("motorbike", "bike")): assert actions(a) == actions(b)
+    assert "A [*] teddy bear doing taekwondo" == fill_prompt(next(a for a in actions("teddy bear") if "taekwondo" in a.phrase).template(), "teddy bear", "[*]").replace("a ", "A ", 1)
+    told = {a.phrase: a.rl for n in EIGHT for a in actions(n) if a.told}
+    assert told == {"cooking a gourmet meal": True, "playing a guitar": False, "wearing headphones": False, "doing taekwondo": False, "with pens in it": True,
+                    "driving through a vibrant city at night": True, "cornering on the cliffside road": False}  # Figs. 3, 6, 8, 11 to 13
+    for n in EIGHT:
+        assert [a.rl for a in actions(n)].count(True) == 2 and all(a.companion in load_sprites() and a.layout in LAYOUTS for a in actions(n))
+        assert all(not a.told for a in actions(n) if a.origin == "ours")
+    assert {pocket_subject(n).noun for n in pocket_subjects()} == {*EIGHT, "pot"} - {"wooden pot"}
+
+def test_rl_prompts_are_unseen():
+    assert rl_prompts(True) == ("A {0} {1} in a nurse outfit", "A {0} {1} on top of blue sofa") and "church" in rl_prompts(False)[0]
+    for live, kind in ((True, "live"), (False, "object")): assert not set(rl_prompts(live, True)) & set(pocket_prompts()[kind])
+
+@pytest.mark.parametrize("name", list(pocket_subjects()))
+def test_subjects_are_particular(name):
+    s, sprite = pocket_subject(name), subject_sprite(name)
+    plain = subject_sprite(name, marked=False)
+    assert s.mark == "mascot" or s.color not in ("", *load_sprites()[s.noun].colors)
+    assert plain.shape == sprite.shape and (plain != sprite).any(-1).mean() > 0.01 and (s.mark == "mascot" or np.array_equal(plain[..., 3], sprite[..., 3]))
+    assert s.live == (s.noun in ("cat", "dog"))
+    for shot in (portrait(name, 0), portrait(name, 7, seed=3)): assert take(sprite, shot, 96).shape == (96, 96, 3)
+    for k, a in enumerate(actions(s.noun)):
+        shot = in_action(name, a, k)
+        assert overlap(shot.box, shot.others[0].box) == 0 and where(shot.box, shot.others[0].box) == a.layout and shot == in_action(name, a, k)
+
+def test_mirror_and_tilt_keep_the_box():
+    sprite, shot = subject_sprite("teddy_bear"), portrait("teddy_bear", 0)
+    shot = replace(shot, background="plain", colors=("White",), mirrored=False)
+    for s in (shot, replace(shot, mirrored=True), replace(shot, tilt=25)):
+        drawn = (take(sprite, s) < 250).any(-1)
+        x1, y1, x2, y2 = s.box
+        outside = drawn.copy(); outside[y1:y2, x1:x2] = False
+        assert not outside.any() and drawn[y1:y2, x1:x2].mean() > 0.3
+    (x1, y1, x2, y2), turned = shot.box, take(sprite, replace(shot, mirrored=True)).astype(int)
+    assert abs(take(sprite, shot)[y1:y2, x1:x2][:, ::-1].astype(int) - turned[y1:y2, x1:x2]).max() <= 2
+
+def test_variants_change_one_thing():
+    v = variants("cat", 2)
+    assert tuple(v) == ("copy", *POSES, *FAILURES) and len({hashlib.sha256(x.tobytes()).hexdigest() for x in v.values()}) == len(v)
+    copy, lost = v["copy"], v["mark lost"]
+    assert 0 < (copy != lost).any(-1).mean() < 0.05  # a small spot
+    assert np.array_equal(copy, take(subject_sprite("cat"), portrait("cat", 2)))
+
+def test_written_bytes_depend_on_the_seed_alone(folder, tmp_path):
+    def digest(f): return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file())).hexdigest()
+    write_pocket_subjects(tmp_path/"a", names=["cat", "cup", "mascot"], n=4)
+    assert digest(tmp_path/"a") == digest(folder)
+    write_pocket_subjects(tmp_path/"b", names=["cat", "cup", "mascot"], n=4, seed=1)
+    assert digest(tmp_path/"b") != digest(folder)
+    with pytest.raises(BoigError, match="needs 3 or more"): write_pocket_subjects(tmp_path/"c", n=2)
+    with pytest.raises(BoigError, match="Did you mean 'cat'"): write_pocket_subjects(tmp_path/"c", names=["catt"])
+
+def test_card_agrees_with_the_data(folder):
+    path = project_root()/"data_cards"/"pocket-subjects.md"
+    text = path.read_text(encoding="utf-8")
+    assert fill(text, card_facts()) == text, "write it anew with fill(…, card_facts())"
+    columns, = read_card(str(path)).columns
+    assert [c for c, *_ in columns.rows] == list(pd.read_csv(folder/columns.file, nrows=1).columns)
