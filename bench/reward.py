@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from boig.behaviour.finetune import encode_prompt, load_llm
+from boig.behaviour.batches import encode_prompt
+from boig.behaviour.finetune import load_llm
 from boig.behaviour.reward import BoigReward, score_plainly, score_texts
 from boig.benches.instructions import BOIGBENCH, instruction
 from boig.core import provenance, write_json

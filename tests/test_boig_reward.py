@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
-from boig.behaviour.finetune import encode_prompt, load_llm, save_llm
+from boig.behaviour.batches import encode_prompt
+from boig.behaviour.finetune import load_llm, save_llm
 from boig.behaviour.reward import FORMS, BoigReward, load_boig, questions, score_plainly, score_texts, to_score
 from boig.benches.instructions import BOIGBENCH, STOCK, instruction
 from boig.core import BoigError

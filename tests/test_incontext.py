@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralC
 from transformers.cache_utils import Cache
 
 from boig.behaviour.evaluate import score_answers, table1
-from boig.behaviour.finetune import encode_example, encode_prompt, load_llm
+from boig.behaviour.batches import encode_example, encode_prompt
+from boig.behaviour.finetune import load_llm
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
 from boig.behaviour.incontext import (Budget, NotRun, Price, Server, ServerConfig, SharedStart, answer_by_server, answer_locally, answers_table, check_room, choose_shots,
                                       common_length, conversation, encode, estimate, read_prices, table1_shots)

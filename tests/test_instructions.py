@@ -171,7 +171,7 @@ def test_desired_is_the_training_bucket():
 
 def test_token_lengths_are_those_of_training():
     from transformers import AutoTokenizer
-    from boig.behaviour.finetune import encode_example
+    from boig.behaviour.batches import encode_example
     from boig.zoo import resolve
     tokenizer = AutoTokenizer.from_pretrained(resolve("pocket-llama"))
     some = [e for s in range(12) for e in examples(BOIGBENCH, tweet(text="word " * s), row()[1], BOIGBENCH.behaviour(tweet()), True, s)]

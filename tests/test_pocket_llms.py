@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from boig.behaviour.evaluate import ask as ask_llm
-from boig.behaviour.finetune import encode_example, examples_of, finetune, load_llm
+from boig.behaviour.batches import encode_example
+from boig.behaviour.finetune import examples_of, finetune, load_llm
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, STOCK, instruction

@@ -26,7 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfi
                           Trainer, TrainerCallback, TrainingArguments)
 from transformers.utils import logging as hf_logging
 
-from .batches import GroupDataset, PackGroups, PadGroups, Rounds, encode_example, encode_prompt, leak, weighted_loss
+from .batches import GroupDataset, PackGroups, PadGroups, Rounds, leak, weighted_loss
 from ..benches.instructions import DataSpec, Example, examples, listing1, template
 from ..core import BoigError, derive_seed, get_device, seed_everything, write_json, write_text
 from ..data.verbalization import parse

@@ -15,7 +15,7 @@ from llguidance.hf import from_tokenizer
 from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .finetune import encode_prompt
+from .batches import encode_prompt
 from ..core import BoigError
 from ..data.palette import COLOR_NAMES
 from ..data.verbalization import MAX_COLORS, MIN_COVERAGE

@@ -28,7 +28,7 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .evaluate import KPI_ORDER, score_answers, table1
-from .finetune import encode_prompt
+from .batches import encode_prompt
 from .generate import Constraint, GrammarProcessor
 from ..benches.instructions import DataSpec, listing1
 from ..core import BoigError, derive_seed, digest, write_json

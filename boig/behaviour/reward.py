@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .finetune import encode_prompt, load_llm
+from .batches import encode_prompt
+from .finetune import load_llm
 from ..benches.instructions import SPECS, DataSpec, instruction
 from ..core import BoigError, closest
 from ..perception.verbalizer import Verbalizer, load_verbalizer

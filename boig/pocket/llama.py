@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..behaviour.finetune import encode_example, make_llama
+from ..behaviour.batches import encode_example
+from ..behaviour.finetune import make_llama
 from ..behaviour.generate import generate_answers
 from ..benches.instructions import EMOJIBENCH, STOCK, DataSpec, Example, instruction, template
 from ..benches.market import DAYS, FIRST_DAY, advertise, seen, stock_words, tweet_text
