@@ -64,10 +64,11 @@ def records(results: Path) -> list[dict]: # in the order of the stage table
 def _cell(row, metric: str) -> dict:
     "One metric of one row for the page."
     n, mean = row.get(f"{metric} n"), row[metric]
+    n = None if n is None or pd.isna(n) else int(n)
     if pd.isna(mean): return dict(mean="–", interval="", n=n)
     low, high = row.get(f"{metric} low"), row.get(f"{metric} high")
     interval = "" if low is None or pd.isna(low) or low == high else f"{low:.3f} to {high:.3f}"
-    return dict(mean=f"{mean:.3f}", interval=interval, n=None if n is None else int(n))
+    return dict(mean=f"{mean:.3f}", interval=interval, n=n)
 
 def table_rows(table: pd.DataFrame) -> list[dict]:
     "Table 1 as rows for the page; only the first row of a model carries its name."
