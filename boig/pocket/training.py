@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..core import BoigError, atomic_path, closest, derive_seed, write_text
+from ..core import BoigError, atomic_path, closest, derive_seed, write_json, write_text
 from ..zoo import entries, sha256_tree
 
 # %% ../../nbs/20_zoo/20_training.ipynb #6c251a63
@@ -205,6 +205,9 @@ def ship(name: str, folder, package=None):
     target, toml = package/entries()[name].file, package/"zoo.toml"
     for old in [p for p in target.rglob("*") if p.is_file() and p.suffix != ".md"]: old.unlink()
     shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
+    for config in target.rglob("config.json"):  # diffusers notes the folder it once loaded from
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if settings.pop("_name_or_path", None): write_json(config, settings)
     text, count = re.subn(rf'(\[{name}\][^\[]*?sha256 = )"[0-9a-f]*"', rf'\g<1>"{sha256_tree(target)}"', toml.read_text(encoding="utf-8"))
     if count != 1: raise BoigError(f"zoo.toml has no entry [{name}] with a sha256.")
     write_text(toml, text)
