@@ -15,8 +15,9 @@ from boig.pocket.choosers import (EDITS, GROUPS, PARTS, USUAL, Ask, Chooser, ali
                                   preference, question, utility, vary)
 from boig.pocket.embeddings import (embed, family, look_batch, make_embedding, nearest, portrait, similarity, subject_batch, subjects,
                                     supervised_contrast, load_embedding, train_embedding)
-from boig.pocket.judges import choice_loss, clip_loss, judge_batch, score, train_chooser
+from boig.pocket.judges import choice_loss, clip_loss, judge_batch, train_chooser
 from boig.pocket.training import recipe
+from boig.rewards.clip_scores import ClipScore, load_clip
 
 REWARDS, JUDGES = ("pocket-image-reward",), ("pocket-pickscore", "pocket-hps")
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -214,27 +215,11 @@ def judge(tmp_path_factory):
 def test_a_judge_survives_the_disk(judge):
     folder, model, tokenizer = judge
     images, texts = pixels(samples(3, 1, "disk")[0]), ["a cat", "a red shoe on a blue background", "größer als ein Baum 🙂"]
-    loaded = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad(): a, b = score(loaded, tokenizer, images, texts), score(model.eval(), tokenizer, images, texts)
+    loaded, words, preprocess = load_clip(str(folder))
+    a, b = (ClipScore(m.eval(), words, preprocess, "a judge", "logit")(images, texts) for m in (loaded, model))
     assert a.shape == (3,) and a.dtype == torch.float32 and torch.allclose(a, b, atol=0.1)
-    with torch.no_grad(): alone = torch.cat([score(loaded, tokenizer, images[i:i + 1], texts[i:i + 1]) for i in range(3)])
+    alone = torch.cat([ClipScore(loaded, words, preprocess, "a judge", "logit")(images[i:i + 1], texts[i:i + 1]) for i in range(3)])
     assert torch.allclose(a, alone, atol=1e-3)  # padding and neighbours change nothing
-
-def test_scores_are_clips_own_logits_and_differentiable(judge):
-    _, model, tokenizer = judge
-    from boig.pocket.clip import normalize, tokens
-    images = pixels(samples(2, 1, "logits")[0]).requires_grad_()
-    texts = ["a cat", "a burger"]
-    s = score(model, tokenizer, images, texts)
-    out = model(pixel_values=normalize(images), **tokens(tokenizer, texts)).logits_per_image.diagonal()
-    assert torch.allclose(s, out, atol=1e-4)
-    s[0].backward()
-    assert images.grad[0].abs().max() > 0 and images.grad[1].abs().max() == 0
-
-def test_other_sizes_are_resized_and_wrong_numbers_refused(judge):
-    _, model, tokenizer = judge
-    assert score(model, tokenizer, torch.rand(2, 3, 96, 80), ["a cat", "a dog"]).shape == (2,)
-    with pytest.raises(BoigError, match="2 pictures but 1 texts"): score(model, tokenizer, torch.rand(2, 3, 64, 64), ["a cat"])
 
 def test_a_judges_batch_depends_on_its_step_alone(judge):
     r, crowd = recipe("pocket-hps") | {"batch_size": 4}, people(5, 1, 5.0, 1.0, 1.0, 1.0)
