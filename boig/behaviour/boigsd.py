@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from .evaluate import KPI_ORDER
 from .reward import BoigReward, load_boig
 from ..benches.instructions import SPECS, desired
-from ..core import BoigError, atomic_path, closest, derive_seed
+from ..core import BoigError, atomic_path, closest, derive_seed, made_by, save_png
 from ..data.verbalization import Verbalization, parse
 from ..data.world import Context, accounts, expected
 from ..diffusion.pipeline import draw, load_pipeline
@@ -82,12 +82,13 @@ def pick(
     seed: int = 0,
     buckets=(), # none = all
     without=(), # prompts that must not come
-) -> pd.DataFrame: # with distinct prompts
+) -> pd.DataFrame: # with distinct prompts, unless for a test
     "Choose requests by chance."
     rows = asked[(asked.split == split) & ~asked.prompt.isin(list(without))]
     if len(buckets): rows = rows[rows.bucket.isin(list(buckets))]
     order = np.random.default_rng(derive_seed(seed, "requests", split)).permutation(len(rows))
-    rows = rows.iloc[order].drop_duplicates("prompt").groupby(["bench", "bucket"]).head(each)
+    rows = rows.iloc[order] if split == "test" else rows.iloc[order].drop_duplicates("prompt")
+    rows = rows.groupby(["bench", "bucket"]).head(each)
     if not len(rows): raise BoigError(f"No request is left in the split '{split}'.")
     return rows.sort_values(["bench", "bucket"], kind="stable").reset_index(drop=True)
 
@@ -222,10 +223,10 @@ class Watch:
         return look(self, pipe, done) if done % self.every == 0 or done == self.last else {}
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #87ee240d
-def _png(image: torch.Tensor) -> bytes: # [3, H, W] in [0, 1]
-    "A picture as a file's bytes."
+def _png(image: torch.Tensor, pipe, seed: int, prompt: str, folder: Path) -> bytes: # [3, H, W] in [0, 1]
+    "A generated picture as a file's bytes, with the record of what made it."
     out = BytesIO()
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(out, "PNG")
+    save_png(out, image, made_by(Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name, seed, prompt, trained_in=Path(folder).name))
     return out.getvalue()
 
 def _one_set(watch: Watch, pipe, name: str) -> pd.DataFrame:
@@ -236,7 +237,7 @@ def _one_set(watch: Watch, pipe, name: str) -> pd.DataFrame:
     out = assess(images, asked, watch.rewards, watch.judges).assign(set=name, image=None)
     out["diversity"] = diversity(watch.features(images), list(asked.prompt)) if watch.features else math.nan
     best = out.groupby("prompt", sort=False).reward.idxmax() if name == "gallery" else []
-    for i in best: out.at[i, "image"] = _png(images[i])
+    for i in best: out.at[i, "image"] = _png(images[i], pipe, derive_seed(derive_seed(watch.seed, "look", name), "picture", i), out.prompt[i], watch.folder)
     return out
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #dbc57f8f

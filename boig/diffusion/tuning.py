@@ -7,6 +7,7 @@ __all__ = ['TuningConfig', 'check_positive', 'check_share', 'check_choice', 'fin
            'save_run', 'load_run', 'save_result', 'train_epochs']
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #04d10fbe
+import math
 import shutil
 import tempfile
 import warnings
@@ -30,6 +31,7 @@ class TuningConfig:
     "How weights are changed, whatever the loss."
     lr: float = 1e-5 # of AdamW
     weight_decay: float = 1e-2
+    beta2: float = 0.999 # of AdamW; β₁ is 0.9
     grad_clip: float = 1.0 # norm
     lora_rank: int = 0 # 0: the whole denoiser
     ema: float = 0.0 # decay per update of a running average, which becomes the result; 0: none
@@ -81,6 +83,7 @@ def trainable(
 class Tuning:
     "A denoiser in training: its weights, optimiser, running average, log, and the folder that keeps them."
     adapter = "tuned" # the name of LoRA's weights in the pipeline
+    bad = 0 # steps in a row whose gradient was no finite number
     free = ("epochs", "tracker") # settings that may change when a run goes on
 
     def __init__(self, pipe: StableDiffusionPipeline, folder, config: TuningConfig, plan: dict):
@@ -99,7 +102,7 @@ class Tuning:
         self.params = trainable(pipe.unet, config.lora_rank, self.adapter)
         if config.gradient_checkpointing: pipe.unet.enable_gradient_checkpointing()
         self.average = [p.detach().clone() for p in self.params] if config.ema else []
-        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.precision == "fp16")
 
     def autocast(self): return torch.autocast(self.accelerator.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
@@ -110,12 +113,15 @@ def step(run: Tuning) -> float: # the norm of the gradient
     if run.accelerator.num_processes > 1:
         for p in run.params: p.grad = run.accelerator.reduce(p.grad)
     run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.params, run.config.grad_clip)
-    run.scaler.step(run.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(run.params, run.config.grad_clip))
+    run.bad = 0 if math.isfinite(norm) else run.bad + 1  # the same in every process
+    if run.bad: warnings.warn("A gradient is no finite number: this step is left out.", stacklevel=2)
+    if run.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or precision 'no'.")
+    if not run.bad or run.scaler.is_enabled(): run.scaler.step(run.optimizer)  # the scaler of fp16 leaves such a step out by itself
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.average: torch._foreach_lerp_(run.average, [p.detach() for p in run.params], 1 - run.config.ema)
-    return float(norm)
+    return norm
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #07f9270e
 def save_run(run: Tuning, **more):

@@ -1,0 +1,145 @@
+"Secrets, archives, pictures that say what made them, steps that are left out, and what a plan may claim."
+import html
+import json
+import math
+import tarfile
+import zipfile
+from io import BytesIO
+from types import SimpleNamespace
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from boig import estimate, zoo
+from boig.behaviour.finetune import _LeaveOut
+from boig.core import BoigError, made_by, png_record, save_png
+from boig.diffusion.tuning import step
+from boig.safe import clean_logs, held, redact, refuse_secrets, sounds_secret
+
+KEY = "sk-'fake'\"\\<é>&0123456789"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch): monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def test_names_that_sound_secret():
+    assert all(map(sounds_secret, ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db-password", "X_BEARER_TOKEN", "GITHUB_PAT")))
+    assert not any(map(sounds_secret, ("max_new_tokens", "monkey", "PATH", "keyboard", "pattern", "tokenizer")))
+
+@pytest.mark.parametrize("write", [str, json.dumps, lambda s: json.dumps(s, ensure_ascii=False), lambda s: json.dumps(json.dumps({"a": s})), repr, html.escape, lambda s: quote(s, safe="")])
+def test_every_spelling_is_struck_out(write, tmp_path):
+    text = f"before {write(KEY)} after"
+    assert "0123456789" in text and "0123456789" not in redact(text) and "[OPENAI_API_KEY]" in redact(text)
+    (tmp_path/"x.bin").write_text(text, encoding="utf-8")
+    assert held(tmp_path/"x.bin") == held(tmp_path/"x.bin", piece=5) == {"OPENAI_API_KEY"}
+
+def test_short_values_and_other_names_are_left_alone(monkeypatch):
+    monkeypatch.setenv("TOY_KEY", "yes")
+    monkeypatch.setenv("TOY_NAME", "somebody in particular")
+    assert redact("yes, somebody in particular") == "yes, somebody in particular"
+
+@pytest.mark.parametrize("column", [lambda s: s, lambda s: s.encode(), lambda s: [{"role": "user", "content": s}], lambda s: {"answer": {"text": s}}, "category"])
+def test_compressed_tables_are_searched(tmp_path, column):
+    form = str if column == "category" else column
+    frame = pd.DataFrame({"n": range(500), "x": [form("harmless")] * 499 + [form(f"401 for {KEY}")]})
+    if column == "category": frame.x = frame.x.astype("category")
+    frame.to_parquet(tmp_path/"t.parquet", compression="gzip", write_statistics=False)
+    assert KEY.encode() not in (tmp_path/"t.parquet").read_bytes() and held(tmp_path/"t.parquet") == {"OPENAI_API_KEY"}
+    fine = frame.iloc[:499].copy()
+    if column == "category": fine.x = fine.x.cat.remove_unused_categories()  # else the file still lists what no row holds
+    fine.to_parquet(tmp_path/"fine.parquet")
+    assert held(tmp_path/"fine.parquet") == set()
+    refuse_secrets([tmp_path/"fine.parquet"])
+    with pytest.raises(BoigError, match="t.parquet held the value of OPENAI_API_KEY") as e: refuse_secrets([tmp_path/"t.parquet"])
+    assert not (tmp_path/"t.parquet").exists() and "0123456789" not in str(e.value)
+
+def test_logs_are_cleaned_and_caches_dropped(tmp_path):
+    for name in ("a/log.jsonl", "a/cache.bin", "fine.txt"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text("fine" if name == "fine.txt" else KEY)
+    clean_logs(tmp_path)
+    assert (tmp_path/"a/log.jsonl").read_text() == "[OPENAI_API_KEY]" and not (tmp_path/"a/cache.bin").exists() and (tmp_path/"fine.txt").read_text() == "fine"
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/tmp/boig_evil.txt"])
+def test_archives_stay_in_their_folder(tmp_path, name):
+    wheel, npm, inside = tmp_path/"x.whl", tmp_path/"x.tgz", tmp_path/"in"/"side"
+    inside.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as z: z.writestr(name, "evil")
+    with tarfile.open(npm, "w:gz") as t:
+        member = tarfile.TarInfo(name)
+        member.size = 4
+        t.addfile(member, BytesIO(b"evil"))
+    for archive in (wheel, npm):
+        with pytest.raises(BoigError, match="leaves its folder"): zoo._unpack(archive, inside)
+    assert not [p for p in tmp_path.rglob("*evil*")]
+
+
+def test_a_picture_says_what_made_it(tmp_path):
+    x = np.random.default_rng(0).random((3, 9, 7)).astype("float32")
+    save_png(tmp_path/"x.png", torch.tensor(x), made_by("pocket-sd", 7, "ein Schuh, rot: é", stage="boig_sd"))
+    with Image.open(tmp_path/"x.png") as image: pixels = np.asarray(image)
+    assert np.abs(pixels / 255 - x.transpose(1, 2, 0)).max() <= 0.5 / 255 + 1e-6
+    record = png_record(tmp_path/"x.png")
+    assert record["generated"] is True and record["model"] == "pocket-sd" and record["seed"] == 7 and record["stage"] == "boig_sd" and len(record["prompt_sha256"]) == 64
+    assert "Schuh" not in (tmp_path/"x.png").read_bytes().decode("latin-1")
+    Image.new("RGB", (2, 2)).save(tmp_path/"plain.png")
+    assert png_record(tmp_path/"plain.png") == {}
+
+
+def tuning(ema=0.9):
+    "As much of a run as a step needs."
+    p = torch.nn.Parameter(torch.ones(3))
+    return SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), params=[p], average=[torch.ones(3)], bad=0, scaler=torch.amp.GradScaler("cpu", enabled=False),
+                           optimizer=torch.optim.AdamW([p], lr=0.1), config=SimpleNamespace(grad_clip=1.0, ema=ema))
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_no_number_is_left_out(bad):
+    run = tuning()
+    for grad in (1.0, bad, 1.0):
+        before = run.params[0].detach().clone()
+        run.params[0].grad = torch.tensor([grad, 1.0, 1.0])
+        if math.isfinite(grad): assert step(run) > 0 and not torch.equal(before, run.params[0])
+        else:
+            with pytest.warns(UserWarning, match="left out"): assert not math.isfinite(step(run))
+            assert torch.equal(before, run.params[0])
+    assert run.bad == 0 and run.average[0].isfinite().all()
+    run = tuning()
+    with pytest.warns(UserWarning), pytest.raises(BoigError, match="Twenty steps in a row"):
+        for _ in range(20):
+            run.params[0].grad = torch.full((3,), bad)
+            step(run)
+    assert torch.equal(run.params[0], torch.ones(3))
+
+def test_the_trainer_leaves_such_a_step_out_too():
+    model, watch, state = torch.nn.Linear(2, 1), _LeaveOut(), SimpleNamespace(global_step=4, log_history=[])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.tensor([[math.nan, 1.0]])).sum().backward()
+    with pytest.warns(UserWarning, match="Step 5 is left out"): watch.on_pre_optimizer_step(None, state, None, model=model)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and state.log_history[0]["step"] == 5
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    watch.on_pre_optimizer_step(None, state, None, model=model)
+    optimizer.step()
+    assert watch.bad == 0 and not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_plan_says_where_a_number_is_from_and_invents_none(monkeypatch):
+    m = dict(seconds=7200.0, peak_memory=30e9, disk=5e9, threads=8, cores=16, cpu="CPU", gpu="NVIDIA H200, 143771 MiB, 570", commit="abcdef0123", time="2026-11-21T10:00:00+00:00")
+    monkeypatch.setattr(estimate, "shipped", lambda: {"paper": {"boig_llm": [m | {"time": "2026-01-01", "seconds": 1.0}, m]}, "pocket": {"boig_sd": [m | {"gpu": "", "seconds": 360.0}]}})
+    lines = {l.split()[0]: l for l in estimate.plan_text("paper", "h200").splitlines() if l}
+    assert "2.0 h, 30.0 GB memory, 5.0 GB disk (NVIDIA H200" in lines["boig_llm"] and "commit abcdef01, 2026-11-21" in lines["boig_llm"]
+    assert "not measured; at pocket: 6 min 0 s" in lines["boig_sd"] and lines["boig_table2"].split(maxsplit=1)[1] == "not measured"
+    assert estimate.measured("paper", "boig_llm", "a100") is None and estimate.measured("paper", "boig_llm") is None
+
+def test_time_left():
+    assert estimate.time_left({"a": 100.0, "b": 40.0}, {"a": 60}, 2) == " · about 40 s left"
+    assert estimate.time_left({"a": 100.0, "b": 40.0}, {}, 1) == " · about 2 min 20 s left"
+    assert estimate.time_left({"a": 5.0}, {"a": 60}, 2) == " · about 0.0 s left" and estimate.time_left({"a": None}, {}, 2) == ""
