@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['AT_LEAST', 'AT_MOST', 'CHOICES', 'SECTIONS', 'EmojiBenchScale', 'PocketStockScale', 'Table1Scale',
            'PocketBoigBenchScale', 'BoigLLMScale', 'RankingScale', 'AblationsScale', 'ShotsScale', 'PocketWorldScale',
-           'BoigSDScale', 'BoigTable2Scale', 'Scale', 'scale_names', 'load_scale']
+           'BoigSDScale', 'BoigTable2Scale', 'InstructBoothScale', 'InstructTablesScale', 'InstructAblationsScale',
+           'PreferenceDataScale', 'PreferenceModelsScale', 'PreferenceTablesScale', 'PreferenceGuidanceScale', 'Scale',
+           'scale_names', 'load_scale']
 
 # %% ../nbs/00_core/01_scales.ipynb #be94f484
 import tomllib
@@ -177,6 +179,198 @@ class BoigTable2Scale:
 
 # %% ../nbs/00_core/01_scales.ipynb #3316f504
 @dataclass(frozen=True)
+class InstructBoothScale:
+    "InstructBooth and its four baselines (§4, §5.1, appendix B)."
+    base: str # what is personalised: zoo name, folder or hub id
+    identifier: str # one rare token of its text encoder
+    actions_folder: str # subjects of the action set, in DreamBench's layout; "" = the pocket world's
+    actions_subjects: str # their names, separated by commas; "" = all
+    phrases: int # of each subject's five, half of them seen in RL; 0 = all
+    each: int # pictures of a phrase
+    dreambench_folder: str # DreamBench's folder; "" = the pocket world's subjects and prompts
+    dreambench_subjects: str # their names; "" = all
+    dreambench_each: int # pictures of a prompt
+    dreambench_rl: str # RL behind this protocol: "dreambench" (its own run) or "actions" (that of the action set)
+    reward: str # what RL is paid with
+    sampling_steps: int # of the pictures that are compared
+    guidance: float # classifier-free, everywhere
+    precision: str # of the denoiser's arithmetic in training
+    checkpoint_every: int # steps
+    class_pictures: int # drawn for prior preservation
+    class_steps: int # denoising steps of them
+    ema: float # running average of DreamBooth's and Custom Diffusion's weights; 0: none
+    dreambooth_steps: int
+    dreambooth_batch: int # pictures of the subject, and as many of its class
+    dreambooth_lr: float
+    custom_steps: int # of Custom Diffusion
+    custom_batch: int
+    custom_lr: float
+    inversion_steps: int # of Textual Inversion
+    inversion_batch: int
+    inversion_lr: float
+    neti_steps: int
+    neti_batch: int
+    neti_lr: float
+    rl_epochs: int # of InstructBooth's second stage
+    rl_samples: int # pictures of an epoch
+    rl_batch: int # pictures of an update
+    rl_steps: int # denoising steps of them
+    rl_timesteps: float # share of the random steps that are trained
+    rl_lr: float
+    fast: bool # the fast recipe of DDPO, or the paper's
+    reach: float # of the fast recipe: its random steps lie within this first share of the path
+    lora_rank: int # of the second stage; 0 = the whole denoiser
+
+@dataclass(frozen=True)
+class InstructTablesScale:
+    "Tables 1 and 2 of InstructBooth, Fig. 6, appendix C."
+    text_judges: str # rewards, separated by commas: CLIP-T, ImageReward, PickScore
+    subject_judge: str # reward: DINO
+    detector: str # yes or no on the asked action; "" = nobody says
+    grid_each: int # pictures of a prompt in the grids
+    grid_subjects: int # subjects in them
+    ours: str # method that is compared with every other
+    rival: str # and beside this one in the questionnaire
+    asked_each: int # pictures of a prompt in the questionnaire
+    answers: str # folder with raters' files; "" = nobody has rated
+    appendix_pictures: int # of each subject, for appendix C
+    bootstrap: int # resamples behind each interval
+
+# %% ../nbs/00_core/01_scales.ipynb #a201f28e
+@dataclass(frozen=True)
+class InstructAblationsScale:
+    "InstructBooth's ablations: Table 3 and Fig. 7, Fig. 8, and LoRA (§5.1, §5.4, appendix F)."
+    base: str # as in [instructbooth]; so are all up to dreambooth_lr
+    identifier: str
+    reward: str
+    sampling_steps: int
+    guidance: float
+    precision: str
+    checkpoint_every: int
+    class_pictures: int
+    class_steps: int
+    ema: float
+    dreambooth_steps: int
+    dreambooth_batch: int
+    dreambooth_lr: float
+    text_judges: str # that were not the reward, separated by commas
+    subject_judge: str # reward: DINO
+    folder: str # a folder of pictures for each subject; "" = the pocket world's
+    rare: str # the rare subject: its folder's name
+    rare_noun: str # its class
+    rare_description: str # between identifier and noun
+    rare_prompts_of: str # noun whose phrases it is asked for
+    rare_each: int # pictures of a prompt
+    curve_subjects: str # of Fig. 8: folder:noun, separated by commas
+    curve_phrase: str # the one that RL is trained on
+    seeds: int # runs of each curve
+    curve_every: int # epochs between looks
+    curve_pictures: int # of a look
+    lora_subject: str # of LoRA against the whole denoiser: folder:noun
+    lora_each: int # pictures of a phrase
+    rl_epochs: int # as in [instructbooth]; so are all up to lora_rank
+    rl_samples: int
+    rl_batch: int
+    rl_steps: int
+    rl_timesteps: float
+    rl_lr: float
+    fast: bool # the fast recipe of DDPO, or the paper's
+    reach: float # of the fast recipe: its random steps lie within this first share of the path
+    lora_rank: int
+    rl_lr_full: float # of the whole denoiser
+    bootstrap: int # resamples behind each interval
+
+# %% ../nbs/00_core/01_scales.ipynb #a4636384
+@dataclass(frozen=True)
+class PreferenceDataScale:
+    "Users' choices, real or simulated, and agents (arXiv 2508.08220, \"Datasets\")."
+    release: str # file or folder of Pick-a-Pic v2; "" = simulated
+    generator: str # draws what simulated users choose from
+    users: int # simulated
+    prompts: int # of a user
+    shared: int # captions of a turn that users share; 0 = everybody's own
+    test_users: float # share of users that training never sees
+    valid_users: float # share that choose a checkpoint
+    agents: int # of Table 4
+    viper_agents: int # that ViPer's proxy learns from
+    agent_pairs: int # liked and disliked pictures of an agent
+
+@dataclass(frozen=True)
+class PreferenceModelsScale:
+    "The preference model, its variants and trained rivals (\"Implementation Details\", appendix C)."
+    mllm: str # an Idefics2
+    quantize: str # "nf4", or "" = not
+    steps: int # of stage 1
+    token_steps: int # of stage 2
+    batch: int # histories a step
+    micro: int # at once
+    targets: int # pairs asked about after each
+    lr: float # of AdamW
+    muon_lr: float # of matrices, by Muon; 0 = AdamW for all
+    token_lr: float # of preference tokens
+    warmup: int # steps
+    pairs: int # of a history
+    tokens: int # preference tokens
+    token_counts: str # further numbers of them, separated by commas
+    runs: int # training seeds
+    lora_rank: int # 0 = all weights
+    vision: bool # the vision encoder learns too
+    bf16: bool # products in bfloat16, where the processor has them
+    plain_attention: bool # written out
+    base_loss: str # L_base over the "vocabulary", or "binary": over the two answers
+    resize: int # side of a square that pictures are first resized to; 0 = none
+    clip: str # what PickScore starts from
+    clip_steps: int # of PickScore
+    clip_batch: int # pairs a step
+    clip_lr: float # of AdamW
+    clip_muon_lr: float # of matrices, by Muon
+
+@dataclass(frozen=True)
+class PreferenceTablesScale:
+    "Tables 1, 2, 3, 5 and 6, Figs. 3, 5 and 7."
+    mllm: str # the untrained model
+    judges: str # rewards that know no user, separated by commas
+    cases: int # questions of each kind
+    lengths: str # of histories, for Fig. 7
+    length_cases: int # questions for it
+    cluster_users: int # for Table 5
+    clusters: int # K
+    runs: int # training seeds
+    tokens: int # of ours
+    token_counts: str # further numbers of tokens
+    asked_cases: int # for a server and for people (Table 3)
+    server: str # a model on a server, by its name for it
+    prices: str # {"model": [read, write]} per million tokens
+    budget: float # in the prices' currency
+    answers: str # folder with raters' files; "" = nobody has rated
+    bootstrap: int # resamples behind each interval
+
+@dataclass(frozen=True)
+class PreferenceGuidanceScale:
+    "Pictures for one person, by noise optimisation (learning user preferences, Table 4)."
+    agents: int # of those of preference_data; 0 = all
+    wording: str # "objects" of the pocket world, or "captions" of agents' own pictures
+    pairs: int # liked and disliked pictures of a history
+    each: int # prompts of an agent
+    generator: str # zoo name, local folder or hub id; one to four steps
+    sampling_steps: int # of the generator
+    guidance: float # classifier-free
+    steps: int # of optimisation
+    weight: float # of the reward
+    lr: float # of the optimisation
+    clip: float # longest gradient of a picture; 0 = no bound
+    norm_weight: float # of the noise's norm
+    batch_size: int # pictures at once
+    control: bool # also guide by our model with another agent's history
+    judges: str # COLUMN=JUDGE with commas
+    style_judge: str # of CSD Score
+    eye: str # reads attributes off the pixels: "pocket"; "" = nobody can
+    grid_agents: int # agents in the figure
+    answers: str # folder with raters' files; "" = nobody has rated
+    bootstrap: int # resamples behind each interval
+
+# %% ../nbs/00_core/01_scales.ipynb #bc686411
+@dataclass(frozen=True)
 class Scale:
     "Everything that differs between a smoke test and the paper."
     name: str # "smoke", "pocket", "reference" or "paper"
@@ -192,15 +386,26 @@ class Scale:
     boig_sd: BoigSDScale
     boig_table2: BoigTable2Scale
     pocket_world: PocketWorldScale
+    instructbooth: InstructBoothScale
+    instructbooth_tables: InstructTablesScale
+    instructbooth_ablations: InstructAblationsScale
+    preference_data: PreferenceDataScale
+    preference_models: PreferenceModelsScale
+    preference_tables: PreferenceTablesScale
+    preference_guidance: PreferenceGuidanceScale
 
-# %% ../nbs/00_core/01_scales.ipynb #a4636384
+# %% ../nbs/00_core/01_scales.ipynb #416d6407
 AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 0, "test": 0, "valid": 0, "test_fraction": 0, "valid_fraction": 0, "bootstrap": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "warmup_ratio": 0,
             "max_length": 8, "lora_rank": 0, "bits": 0, "processes": 1, "accumulation": 1, "pack": 0, "behaviour_weight": 0, "valid_rows": 0, "noise": 0, "eval_every": 1, "generate_batch": 1, "test_rows": 0,
             "few": 1, "many": 1, "max_new_tokens": 1, "free_rows": 0, "budget": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
             "sampling_steps": 1, "guidance": 0, "epochs": 1, "samples": 1, "micro_batch": 1, "learning_rate_full": 0, "sft_epochs": 1, "sft_look_every": 1, "sft_batch_size": 1,
-            "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0}
-AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1}
-CHOICES = {"bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
+            "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0,
+            "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
+            "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "asked_each": 1, "grid_each": 1,
+            "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
+            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1}
+AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9}
+CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
 
 def _check(value, key: str, where: str):
     "`value` if it is in its range, else a BoigError; NaN is in none."
@@ -227,14 +432,14 @@ def _section(cls: type, values: dict, where: str):
         raise BoigError(f"[{where}] lacks {', '.join(missing)}.")
     return cls(**{k: _check(_cast(v, kinds[k], f"{where}.{k}"), k, f"{where}.{k}") for k, v in values.items()})
 
-# %% ../nbs/00_core/01_scales.ipynb #416d6407
+# %% ../nbs/00_core/01_scales.ipynb #dd7d6c98
 SECTIONS = {f.name: f.type for f in fields(Scale) if f.name not in ("name", "seed")}
 
 def scale_names() -> list[str]:
     "The scales that are shipped."
     return sorted(f.name.removesuffix(".toml") for f in files("boig").joinpath("scales").iterdir() if f.name.endswith(".toml"))
 
-# %% ../nbs/00_core/01_scales.ipynb #dd7d6c98
+# %% ../nbs/00_core/01_scales.ipynb #e06e67d8
 def load_scale(
     name: str = "pocket", # one of `scale_names()`
     llm: str = "", # "" keeps the scale's own model; else a name with an [llm.NAME] table
@@ -255,7 +460,7 @@ def load_scale(
         if key not in SECTIONS: raise closest(key, SECTIONS, f"section in {name}.toml")
     return Scale(name, seed, **{k: _section(cls, table.get(k, {}), k) for k, cls in SECTIONS.items()})
 
-# %% ../nbs/00_core/01_scales.ipynb #3f1f3d2a
+# %% ../nbs/00_core/01_scales.ipynb #e37e38cf
 def _override(table: dict, key: str, value):
     "Set `section.key` (or `seed`) in a TOML table; BoigError for one that isn't there."
     known = ["seed"] + [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]

@@ -94,7 +94,7 @@ def test_a_hand_made_page_becomes_the_right_rows(tmp_path):
     assert rows == [("1_3_1", "low", 0, 1, "(9, 6)"), ("2_3_2", "low", 1, 1, "(10, 6)"), ("4_3_4", "low", 3, 1, "(12, 6)"),
                     ("10_3_10", "high", 100, 1, "(18, 6)"), ("10_3_11", "high", 100, 2, "(19, 6)"), ("10_3_13", "high", 100, 4, "(21, 6)")]
     assert bench.text[1] == ODD and set(bench.account) == {"brandone"} and set(bench.split) == {"train"} and list(bench.subgroup) == list(bench.tweet_id)
-    assert list(bench.keywords.unique()) == ["thing, other"] and bench.captions.str.startswith("a thing of").all()
+    assert list(bench.keywords.unique()) == ["thing"] and bench.captions.str.startswith("a thing of").all()  # of thing and other, what the caption names
     assert [x["bytes"] for x in bench.image] == [(tmp_path/"media"/f"3_{n}.png").read_bytes() for n in (1, 2, 4, 10, 11, 13)]
     assert media.summary().pictures.to_dict() == {"there before": 7, "fetched": 0, "left out: no file": 1}  # the cut-off one looks like a picture until it is opened
     assert left_out == {"there is no picture": 1, "the picture is damaged": 1}

@@ -11,12 +11,13 @@ import boig.benches.market as market
 from boig.benches.cards import (card_path, check_croissant, croissant, emoji_facts, fill, market_facts, plain, read_card, read_croissant, size_of, table_facts, write_card,
                                 write_croissant)
 from boig.benches.market import make_stock, make_tweets, write_market
+from boig.benches.subjects import write_pocket_subjects
 from boig.core import BoigError
 from boig.data.emoji import load_emojibench
 from boig.data.verbalization import Verbalization
 from boig.zoo import resolve
 
-NAMES = ("emojibench", "pocket-ads", "boigbench", "stock")
+NAMES = ("emojibench", "pocket-ads", "pocket-subjects", "boigbench", "stock")
 
 
 def text_of(name): return card_path(name).read_text(encoding="utf-8")
@@ -198,3 +199,12 @@ def test_records_of_pocket_ads(tmp_path):
     assert [r["assets/forwards"] for r in found["assets"]] == pd.read_csv(files["stock/assets.csv"]).forwards.tolist()
     own = read_croissant(write_croissant("pocket-ads", folder/"ads.croissant.json", folder), n=1)
     assert own["assets"] == found["assets"][:1]
+
+
+def test_records_of_pocket_subjects(tmp_path):
+    needs_mlcroissant()
+    write_pocket_subjects(tmp_path, ["cup", "mascot"], n=3)
+    records = read_croissant(card_path("pocket-subjects").with_suffix(".croissant.json"), {"pictures.csv": tmp_path/"pictures.csv"}, n=9)["pictures"]
+    assert [r["pictures/file"].decode() for r in records] == [f"{s}/{k:02}.png" for s in ("cup", "mascot") for k in range(3)]
+    assert all((tmp_path/r["pictures/file"].decode()).is_file() for r in records) and records[5]["pictures/noun"] == b"monster toy"
+    assert all(r["pictures/x1"] < r["pictures/x2"] <= 64 for r in records)

@@ -397,4 +397,4 @@ def test_reward_reads_prompts_without_the_identifier():
 def test_settings_of_the_paper():
     d, r = DreamBoothConfig(), INSTRUCT
     assert (d.lr, d.batch_size, d.beta2, d.weight_decay, d.prior_pictures, d.prior_weight) == (2e-5, 1, 0.99, 0.01, 200, 1.0)  # appendix B; a batch of 2: one subject, one class picture
-    assert (r.samples, r.batch_size, r.steps, r.guidance, r.clip, r.lr, r.weight_decay) == (16, 8, 50, 7.5, 1e-4, 2e-5, 0.01) and r.lora_rank > 0
+    assert (r.samples, r.batch_size, r.steps, r.guidance, r.clip, r.lr, r.weight_decay, r.beta2) == (16, 8, 50, 7.5, 1e-4, 2e-5, 0.01, 0.99) and r.lora_rank > 0

@@ -1,4 +1,5 @@
 "pocket-llama and pocket-idefics: tokenizers, draws, questions against the scenes they are about, saving and loading."
+import json
 import re
 
 import numpy as np
@@ -28,6 +29,9 @@ def tok(): return llama.llama_tokenizer()
 def drawn(): return llama.draw_examples(60, 3, "test")
 
 @pytest.fixture(scope="module")
+def asked(drawn): return [e for group in drawn[2] for e in group]
+
+@pytest.fixture(scope="module")
 def processor(): return idefics.make_processor(8)
 
 
@@ -38,9 +42,9 @@ def processor(): return idefics.make_processor(8)
 def test_any_text_survives_the_tokenizer(tok, text): assert tok.decode(tok(text, add_special_tokens=False).input_ids) == text
 
 
-def test_instructions_survive_and_are_short(tok, drawn):
-    for e in drawn[2]: assert tok.decode(tok(e.prompt + e.answer).input_ids) == e.prompt + e.answer
-    assert np.mean([len(encode_example(e, tok)["input_ids"]) for e in drawn[2]]) < 90
+def test_instructions_survive_and_are_short(tok, asked):
+    for e in asked: assert tok.decode(tok(e.prompt + e.answer).input_ids) == e.prompt + e.answer
+    assert np.mean([len(encode_example(e, tok)["input_ids"]) for e in asked]) < 90
     stock = {"captions": "Shoe icon", "keywords": "shoe, sale", "image resolution": "(64, 64)", "release date": "2020-05-01"}
     kpis = {"downloads": 12, "forwards": 345, "impressions": 67890}
     for n in (1, 2, 3, 4):
@@ -57,9 +61,28 @@ def test_numbers_and_names_are_single_tokens(tok):
     assert len(tok("0.74").input_ids) == 1 and len(tok("12345").input_ids) == 5
 
 
-def test_no_behaviour_is_in_the_training(drawn):
-    for e in drawn[2]:
-        assert not re.search("KPI|number of|downloads|impressions|forwards|likes|uses", e.prompt + e.answer)
+def told(e):
+    "The KPIs that a question tells, by name."
+    return {k: int(x) for k, x in re.findall(r'number of (\w+)[^"]*: "(\d+)"', e.prompt[e.prompt.rindex("["):])}
+
+def test_questions_come_in_both_forms_of_every_benchmark(drawn, asked):
+    first = [g[0] for g in drawn[2]]
+    assert 0.3 < np.mean([bool(told(e)) for e in first]) < 0.7 and {e.listing for e in asked} == {1, 2, 3, 4}
+    assert {"likes", "uses", "downloads", "forwards", "impressions/views"} <= {k for e in asked for k in told(e)} | {"impressions/views"}
+    assert all(("KPI" in e.prompt) == bool(told(e)) for e in first if e.listing == 1)
+
+def test_behaviour_is_dice(drawn, monkeypatch):
+    "Whatever the dice show, pictures and words are the same; and the pictures tell nothing about the dice."
+    def loaded(spec, rng): return {k.name: 7 for k in spec.kpis} | {f"{k.name} bucket": "high" for k in spec.kpis}
+    scenes, _, groups = llama.draw_examples(300, 5, "dice")
+    with monkeypatch.context() as m:
+        m.setattr(llama, "dice", loaded)
+        again = llama.draw_examples(60, 3, "test")
+    assert again[:2] == drawn[:2] and [parse(g[0].answer).value for g in again[2]] == [parse(g[0].answer).value for g in drawn[2]]
+    pairs = [(np.log10(1 + x), s, parse(g[0].answer).value) for s, g in zip(scenes, groups) for x in told(g[0]).values()]
+    kpi, looks = [p[0] for p in pairs], [(len(v.objects), v.tones["warm"], v.tones["cool"], max(v.colors.values()), b[2] - b[0]) for _, _, v in pairs for b in [next(iter(v.objects.values()))]]
+    assert len(kpi) > 150 and min(kpi) < 1 and max(kpi) > 4
+    assert all(abs(np.corrcoef(kpi, x)[0, 1]) < 3 / len(kpi) ** 0.5 for x in zip(*looks))
 
 
 def test_draws_depend_on_the_seed_alone_and_keep_scenes_out(drawn):
@@ -69,15 +92,19 @@ def test_draws_depend_on_the_seed_alone_and_keep_scenes_out(drawn):
 
 
 def test_answers_are_true(drawn):
-    for scene, v, e in zip(drawn[0], seen(drawn[0]), drawn[2]):
-        p = parse(e.answer)
+    for scene, v, (first, *rest) in zip(drawn[0], seen(drawn[0]), drawn[2]):
+        p = parse(first.answer)
         assert p.clean and p.value == v and v.objects == truth(scene) and problems(v, (64, 64)) == []
+        for e in rest:
+            exact = {k.removeprefix("exact "): x for k, x in json.loads(e.answer).items()}
+            if first.listing == 1: assert exact == told(first)
+            if first.listing == 2: assert exact == {k.removeprefix("exact "): x for k, x in p.extra.items()}
 
 
-def test_parts_hold_each_answer_once(tok, drawn):
-    parts = llama.in_parts(drawn[2], tok, size=7)
+def test_parts_hold_each_answer_once(tok, asked):
+    parts = llama.in_parts(asked, tok, size=7)
     answers = sorted(tok.decode(row[row != -100]) for p in parts for row in p["labels"])
-    assert answers == sorted(e.answer + "</s>" for e in drawn[2])
+    assert answers == sorted(e.answer + "</s>" for e in asked)
     for p in parts: assert (p["input_ids"][p["labels"] != -100] == p["labels"][p["labels"] != -100]).all()
 
 
@@ -100,7 +127,7 @@ def test_trained_saved_loaded_and_fine_tuned(tiny_llama, tok, drawn, tmp_path):
     model, folder = tiny_llama
     again, tokenizer = load_llm(str(folder), "cpu")
     assert tokenizer.get_vocab() == tok.get_vocab()
-    ids = torch.tensor([encode_example(drawn[2][0], tokenizer)["input_ids"]])
+    ids = torch.tensor([encode_example(drawn[2][0][0], tokenizer)["input_ids"]])
     torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits, atol=1e-3, rtol=1e-2)
     bench = build_benchmark(40)
     finetune(again, tokenizer, examples_of(bench.head(4), EMOJIBENCH, True, 1), examples_of(bench.tail(2), EMOJIBENCH, True, 1), tmp_path, steps=1, batch_size=2, eval_every=1, device="cpu")
@@ -117,10 +144,10 @@ def test_quality_has_both_rows(tiny_llama, tok):
     assert list(table.index) == ["model", "truth"] and table.loc["truth", "clean"] == 1 and table.loc["model", "clean"] < 1
 
 
-def test_grammar_follows_the_tokenizer(tiny_llama, tok, drawn):
+def test_grammar_follows_the_tokenizer(tiny_llama, tok, asked):
     constraint = Constraint(verbalization_grammar((64, 64), 4), tok)
-    assert all(constraint.accepts(e.answer, tok) for e in drawn[2])
-    written = [parse(t) for t in generate_answers(tiny_llama[0], tok, [e.prompt for e in drawn[2][:3]], constraint)]
+    assert all(constraint.accepts(e.answer, tok) == (e.listing == 1) for e in asked if e.listing == 1 or told(e))
+    written = [parse(t) for t in generate_answers(tiny_llama[0], tok, [e.prompt for e in asked[:3]], constraint)]
     assert all(p.value and set(p.notes) <= {"a name stands twice; the last one counts"} for p in written)  # no grammar can count names
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from boig.core import BoigError
 from boig.data.verbalization import Verbalization, problems
 from boig.data.world import random_scene, render, truth
-from boig.perception.captioning import load_captioner, say, tiny_blip, tiny_llava
+from boig.perception.captioning import load_captioner, named, say, tiny_blip, tiny_llava
 from boig.perception.colors import verbalize_colors
 from boig.perception.detector import Detection
 from boig.perception.grounding import load_grounder, prompts, read_boxes, text_of, tiny_grounder, to_pil
@@ -172,10 +172,13 @@ def test_hair_thin_pictures_are_refused(grounder):
 
 def test_say():
     box = (0, 0, 1, 1)
-    assert say(Verbalization({"Light_Blue": 0.8, "Red": 0.2}, {}, {"watch": box})) == "a watch on a light blue background"
-    assert say(Verbalization({"Orange": 1.0}, {}, {"headphones": box, "apple": box})) == "headphones and an apple on an orange background"
-    assert say(Verbalization({"Red": 1.0}, {}, {"a" * 3: box, "cat": box, "hat": box})) == "an aaa, a cat and a hat on a red background"
-    assert say(Verbalization({"Red": 1.0}, {})) == "nothing on a red background"
+    assert say(Verbalization({"Light_Blue": 0.8, "Red": 0.2}, {}, {"watch": box})) == "a picture of a watch"
+    assert say(Verbalization({"Orange": 1.0}, {}, {"headphones": box, "apple": box})) == "a picture of headphones"
+    assert say(Verbalization({"Red": 1.0}, {}, {"a" * 3: box, "cat": box, "hat": box})) == "a picture of an aaa"
+    assert say(Verbalization({"Red": 1.0}, {})) == "a picture"
+
+def test_named_are_whole_words():
+    assert named(["cat", "ice cream", "hat"], "Ice cream on a caterpillar; that's a HAT.") == ["ice cream", "hat"] and named([], "a cat") == named(["c.t"], "cat") == []
 
 @torch.no_grad()
 def test_llava_says_the_likeliest_words(home, images):
@@ -225,11 +228,10 @@ def test_colours_are_those_of_the_mask_and_empty_masks_are_counted():
     assert len(v.caption(x)) == 3
     assert v.describe()["counts"]["pictures"] == 3  # captions are not verbalisations
 
-def test_the_sentence_names_the_ground_not_the_subject():
-    x = torch.zeros(1, 3, 8, 8)
-    x[:, 0, :, :3], x[:, 2, :, 3:] = 1, 1
-    v = Verbalizer(lambda images: [[]] * len(images), mask=red_left)
-    assert next(iter(v(x)[0].colors)) == "Red" and v.caption(x)[0] == f"nothing on a {next(iter(verbalize_colors(x)[0][0])).lower()} background"
+def test_the_alt_text_names_the_largest_object_and_nothing_else():
+    x, found = torch.rand(2, 3, 8, 8), [Detection("cat", 0.9, (0, 0, 3, 3)), Detection("hat", 0.6, (3, 3, 8, 8))]
+    v = Verbalizer(lambda images: [found, []][:len(images)], mask=red_left)
+    assert v.caption(x) == ["a picture of a hat", "a picture"] and not v.counts
 
 def test_pocket_verbalisations_find_what_is_there(pocket, images, scenes):
     texts = pocket(images)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,6 +169,18 @@ class _MarkComplete(TrainerCallback):
         folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir(): write_json(folder/_WHOLE, dict(step=state.global_step))
 
+class _LeaveOut(TrainerCallback):
+    "Leave out a step whose gradient is no finite number, and log it; BoigError after twenty in a row."
+    bad = 0 # in a row
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        self.bad = 0 if torch.nn.utils.get_total_norm(grads).isfinite() else self.bad + 1  # the same in every process
+        if not self.bad: return
+        state.log_history.append(dict(step=state.global_step + 1, left_out="its gradient is no finite number"))
+        warnings.warn(f"Step {state.global_step + 1} is left out: its gradient is no finite number.")
+        if self.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or look at the rows of these steps.")
+        for p in model.parameters(): p.grad = None  # then the optimiser has nothing to do
+
 def last_checkpoint(run_dir) -> Path | None:
     "The newest whole checkpoint of a run; half-written ones are deleted."
     found = sorted((p for p in Path(run_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
@@ -241,7 +254,7 @@ def finetune(
     args = training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device)
     data = GroupDataset(train, tokenizer, max_length, behaviour_weight)
     trainer = _Trainer(model=model, args=args, data_collator=PackGroups(tokenizer.pad_token_id, pack) if pack else PadGroups(tokenizer.pad_token_id),
-                       callbacks=[_MarkComplete(), *callbacks], train_dataset=Rounds(data, steps * batch_size, derive_seed(seed, "rows")),
+                       callbacks=[_MarkComplete(), _LeaveOut(), *callbacks], train_dataset=Rounds(data, steps * batch_size, derive_seed(seed, "rows")),
                        eval_dataset=GroupDataset([g[:1] for g in valid], tokenizer, max_length))
     checkpoint = last_checkpoint(run_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

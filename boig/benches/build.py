@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core import BoigError, atomic_path
+from ..perception.captioning import named
 from ..perception.shards import verbalize_table
 
 # %% ../../nbs/48_benches/57_build.ipynb #57a8ea7f
@@ -43,7 +44,7 @@ def look(
     good = seen.error.isna()
     table, seen = there[good].reset_index(drop=True), seen[good]
     if not len(table): raise BoigError(f"None of {len(rows):,} pictures can be used: {', '.join(f'{k} ({n:,})' for k, n in why.items() if n)}.")
-    if words: table["captions"], table["keywords"] = seen.caption.to_numpy(), [", ".join(json.loads(v)["objects"]) for v in seen.verbalization]
+    if words: table["captions"], table["keywords"] = seen.caption.to_numpy(), [", ".join(named(json.loads(v)["objects"], c)) for v, c in zip(seen.verbalization, seen.caption)]
     table["image resolution"] = [f"({w}, {h})" for w, h in zip(seen.width, seen.height)]
     table["verbalization"], table["image"] = seen.verbalization.to_numpy(), [Picture(files[i]) for i in table.id]
     return table, {k: int(n) for k, n in why.items() if n}

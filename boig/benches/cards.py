@@ -21,6 +21,7 @@ import yaml
 
 from .market import MEDIA, make_stock, make_tweets
 from .statistics import as_text, statistics
+from .subjects import card_facts
 from ..core import BoigError, closest, project_root, sha256_file, write_json, write_text
 from ..data.emoji import load_emojibench, use_buckets
 from ..data.world import ORACLE_VERSION, accounts, load_sprites
@@ -78,10 +79,10 @@ def market_facts(
             "first": str(days[0]), "last": str(days[-1]), "size": size_of(len(tweets) + len(assets)), "statistics": f"\n\n{markdown(frame)}\n\n"}
 
 # %% ../../nbs/48_benches/55_cards.ipynb #f0e8961e
-_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "boigbench": table_facts, "stock": table_facts}
+_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "pocket-subjects": lambda _: card_facts(), "boigbench": table_facts, "stock": table_facts}
 
 def card_path(
-    name: str, # "emojibench", "pocket-ads", "boigbench", "stock", or a card's file
+    name: str, # "emojibench", "pocket-ads", "pocket-subjects", "boigbench", "stock", or a card's file
 ) -> Path:
     "Where a card is."
     if str(name).endswith(".md"): return Path(name)
@@ -89,8 +90,8 @@ def card_path(
     return project_root()/"data_cards"/f"{name}.md"
 
 def write_card(
-    name: str, # "emojibench", "pocket-ads", "boigbench" or "stock"
-    data, # its table; for pocket-ads (make_tweets(…), make_stock(…))
+    name: str, # "emojibench", "pocket-ads", "pocket-subjects", "boigbench" or "stock"
+    data, # its table; for pocket-ads (make_tweets(…), make_stock(…)); for pocket-subjects None: they follow from their rules
     path=None, # where to; None = over the card in data_cards/
     source: str = "the user's own pages or table", # of this build, for boigbench and stock
     file: str = "", # the data's name beside this card; "" = as in data_cards/
@@ -255,5 +256,6 @@ def update_cards():
     "Write the numbers and the Croissant metadata of `data_cards/` anew."
     write_card("emojibench", load_emojibench())
     write_card("pocket-ads", (make_tweets(), make_stock()))
+    write_card("pocket-subjects", None)
     for name in _FACTS:
         write_croissant(name, card_path(name).with_suffix(".croissant.json"), resolve("emojibench") if name == "emojibench" else None)

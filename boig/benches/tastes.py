@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'PALETTES', 'PLACES', 'POCKET_DIMENSIONS', 'ask_for', 'candidate', 'picture_parts', 'TasteRules',
-           'make_tastes', 'best_possible', 'Agent', 'jaccard_distance', 'make_agents', 'agent_prompt', 'agent_scene',
-           'write_agents']
+           'make_tastes', 'best_possible', 'oracle_scores', 'Agent', 'jaccard_distance', 'make_agents', 'agent_prompt',
+           'agent_scene', 'write_agents']
 
 # %% ../../nbs/48_benches/59_tastes.ipynb #12c7d3a1
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..core import BoigError, atomic_path, derive_seed, write_json
 from ..data.palette import PALETTE_HEX
 from ..data.world import BACKGROUNDS, GRID, POINTS, STYLES, Scene, arrange, layout, load_sprites, with_article
 from ..pocket.captions import pixels
-from ..pocket.choosers import PARTS, USUAL, Ask, Chooser, asked, looks, parts, people, preference
+from ..pocket.choosers import GROUPS, PARTS, USUAL, Ask, Chooser, asked, looks, parts, people, preference
 
 # %% ../../nbs/48_benches/59_tastes.ipynb #f13ecb7a
 def ask_for(rng: np.random.Generator) -> tuple[str, tuple[str, ...]]: # the caption, its objects
@@ -59,6 +60,7 @@ class TasteRules:
     users: int = 120
     prompts: int = 10 # of a user
     rounds: int = 5 # choices at a prompt: the winner meets a new rival
+    shared: int = 0 # captions of a turn, each with one set of pictures, that all users share; 0 = everybody's own
     alignment: float = 1.0 # means of the users' weights, in log-odds per standard deviation
     layout: float = 0.4
     harmony: float = 0.4
@@ -72,7 +74,7 @@ class TasteRules:
         return people(self.users, self.seed, self.alignment, self.layout, self.harmony, self.taste)
 
     def __post_init__(self):
-        if min(self.users, self.prompts, self.rounds) < 1: raise BoigError("users, prompts and rounds must be at least 1.")
+        if min(self.users, self.prompts, self.rounds) < 1 or self.shared < 0: raise BoigError("users, prompts and rounds must be at least 1, and shared at least 0.")
 
 # %% ../../nbs/48_benches/59_tastes.ipynb #45fba965
 def _png(image: torch.Tensor) -> bytes: # [3, H, W] in [0, 1]
@@ -81,15 +83,21 @@ def _png(image: torch.Tensor) -> bytes: # [3, H, W] in [0, 1]
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
-def _session(user: int, prompt: int, chooser: Chooser, rules: TasteRules, draw, verbalizer, begun) -> list[dict]:
-    "One prompt of a user: choices in the release's format."
-    rng = np.random.default_rng(derive_seed(rules.seed, "session", user, prompt))
+def _board(ask: tuple[int, int], rules: TasteRules, draw, verbalizer) -> tuple[str, list, np.ndarray]: # its caption, (uid, file) of each picture, their parts
+    "Pictures of one caption. `ask` is the user, or the number of a shared caption, and the turn."
+    who, prompt = ask
+    rng, seed = np.random.default_rng(derive_seed(rules.seed, "session", who, prompt)), derive_seed(rules.seed, "pictures", who, prompt)
     text, names = ask_for(rng)
     scenes = [candidate(names, rng) for _ in range(rules.rounds + 1)]
-    images = pixels(scenes) if draw is None else draw([text] * len(scenes), derive_seed(rules.seed, "pictures", user, prompt))
-    worth = (parts(scenes, [asked(text)] * len(scenes), images) if draw is None else picture_parts(images, [asked(text)] * len(images), verbalizer)) @ chooser.weights
-    shown = [(f"{user:05d}-{prompt:03d}-{k:02d}", _png(x)) for k, x in enumerate(images)]
-    rows, best = [], 0
+    images = pixels(scenes) if draw is None else draw([text] * len(scenes), seed)
+    asks = [asked(text)] * len(scenes)
+    return text, [(f"{who:05d}-{prompt:03d}-{k:02d}", _png(x)) for k, x in enumerate(images)], parts(scenes, asks, images) if draw is None else picture_parts(images, asks, verbalizer)
+
+def _session(user: int, prompt: int, chooser: Chooser, rules: TasteRules, board: tuple, begun) -> list[dict]:
+    "One prompt of a user: choices in the release's format."
+    rng, (text, shown, seen) = np.random.default_rng(derive_seed(rules.seed, "choices", user, prompt)), board
+    order = rng.permutation(len(shown))
+    shown, worth, best, rows = [shown[i] for i in order], (seen @ chooser.weights)[order], 0, []
     for k in range(1, len(shown)):
         gap, luck = worth[best] - worth[k], rng.random(2)
         label = None if luck[0] < rules.unlabelled else 0.5 if abs(gap) < rules.tie else float(luck[1] < 1 / (1 + np.exp(-gap)))
@@ -97,26 +105,34 @@ def _session(user: int, prompt: int, chooser: Chooser, rules: TasteRules, draw, 
         if label == 0.0: best = k
     return rows
 
+# %% ../../nbs/48_benches/59_tastes.ipynb #9e323939
 def make_tastes(
-    folder, # for choices.parquet, users.csv and rules.json
+    folder, # for choices.parquet, and what no model is told: users.csv, parts.parquet (what each picture has of PARTS), rules.json
     rules: TasteRules = TasteRules(),
     draw=None, # (captions, seed) -> pictures [B, 3, 64, 64] in [0, 1], e.g. pocket-sd's; None = drawn scenes
     verbalizer=None, # what finds objects in drawn pictures; needed with `draw`
 ) -> pd.DataFrame: # user_id, group: what no model is told
     "Let simulated users choose, and write it down as Pick-a-Pic does."
     if draw and not verbalizer: raise BoigError("Generated pictures need a verbalizer to find their objects, e.g. load_verbalizer('pocket').")
-    folder, crowd, start = Path(folder), rules.crowd(), pd.Timestamp("2023-01-01")
+    folder, crowd, start, oracle = Path(folder), rules.crowd(), pd.Timestamp("2023-01-01"), {}
     with atomic_path(folder/"choices.parquet") as tmp, pq.ParquetWriter(tmp, FIELDS) as out:
         for prompt in range(rules.prompts):
+            boards = lru_cache(maxsize=None)(lambda who: _board((who, prompt), rules, draw, verbalizer))
+            whose = np.random.default_rng(derive_seed(rules.seed, "whose caption", prompt)).integers(rules.shared, size=rules.users) if rules.shared else range(rules.users)
             for at in range(0, rules.users, 50):  # some users at a time: a bounded part is in memory
-                rows = [r for u in range(at, min(at + 50, rules.users)) for r in _session(u, prompt, crowd[u], rules, draw, verbalizer, start + pd.Timedelta(days=prompt, seconds=u))]
+                rows = []
+                for u in range(at, min(at + 50, rules.users)):
+                    rows += _session(u, prompt, crowd[u], rules, board := boards(int(whose[u])), start + pd.Timedelta(days=prompt, seconds=u))
+                    oracle |= {uid: seen for (uid, _), seen in zip(board[1], board[2])}
                 out.write_table(pa.Table.from_pylist(rows, schema=FIELDS))
+                if not rules.shared: boards.cache_clear()
+    with atomic_path(folder/"parts.parquet") as tmp: pd.DataFrame(oracle.values(), index=pd.Index(oracle, name="uid"), columns=PARTS).reset_index().to_parquet(tmp)
     users = pd.DataFrame({"user_id": [str(u) for u in range(rules.users)], "group": [c.group for c in crowd]})
     with atomic_path(folder/"users.csv") as tmp: users.to_csv(tmp, index=False)
     write_json(folder/"rules.json", asdict(rules))
     return users
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #4de50ff7
+# %% ../../nbs/48_benches/59_tastes.ipynb #a0c8a57c
 def best_possible(
     rules: TasteRules = TasteRules(),
     questions: int = 300,
@@ -135,7 +151,26 @@ def best_possible(
         common.append(p if (pair[0] - pair[1]) @ mean > 0 else 1 - p)
     return {"own utility": float(np.mean(own)), "the crowd's mean utility": float(np.mean(common))}
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #d5e766fb
+# %% ../../nbs/48_benches/59_tastes.ipynb #325fff1a
+def oracle_scores(
+    rules: TasteRules,
+    seen: pd.DataFrame, # parts.parquet
+    cases: pd.DataFrame, # of `build_histories`
+) -> dict[str, list[np.ndarray]]: # reader -> of each case: the liked picture's utility, then its rivals'
+    "What readers of the true parts would say."
+    at, x, crowd = {u: i for i, u in enumerate(seen.uid)}, seen[list(PARTS)].to_numpy(), rules.crowd()
+    groups = [Chooser(g, rules.alignment, rules.layout, rules.harmony, rules.taste).weights for g in GROUPS]
+    share, mean = np.log([s for s, *_ in GROUPS.values()]), np.mean([c.weights for c in crowd], axis=0)
+    found = {"own utility": [], "true group": [], "group read from the history": [], "the crowd's mean": []}
+    for c in cases.itertuples():
+        liked, disliked = (x[[at[u] for u in uids]] for uids in (c.reference_list, c.reference_list_bad))
+        log = share - np.array([np.logaddexp(0, (disliked - liked) @ w).sum() for w in groups])
+        p, own = np.exp(log - np.logaddexp.reduce(log)), crowd[int(c.user_id)]
+        weights = (own.weights, groups[list(GROUPS).index(own.group)], p @ groups, mean)
+        for reader, w in zip(found.values(), weights): reader.append(x[[at[u] for u in (c.liked, *c.disliked)]] @ w)
+    return found
+
+# %% ../../nbs/48_benches/59_tastes.ipynb #951aaa0b
 DIMENSIONS = { # Tables 7 and 8
     "art style": ("Surrealism", "Aboriginal Art", "Ukiyo-e", "Romanticism", "Anime/Manga", "Contemporary Abstraction", "Ancient Greek Art", "Baroque Art", "Abstract Expressionism", "Art Deco", "Cubism",
                   "Social Realism", "Mesoamerican Art", "Oceanic Art", "Traditional African Art", "Islamic Art", "Land Art", "Situationist Art", "Performance Art", "Naive Art", "Color Field Painting", "Fauvism"),
@@ -149,7 +184,7 @@ DIMENSIONS = { # Tables 7 and 8
     "medium": ("Found Object", "Assemblage", "Lithography", "Woodcut", "3D Modeling", "Virtual Reality", "Tempera", "Watercolor", "Weaving", "Embroidery", "Ceramics", "Sculpture", "Ink", "Collage", "Metal",
                "Crocheting", "Drypoint", "Decoupage", "Cyanotype", "Glass", "Digital Collage", "Polaroid", "Spray Paint")}
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #325fff1a
+# %% ../../nbs/48_benches/59_tastes.ipynb #9923f057
 PALETTES = {"fire": ("Red", "Orange"), "sea": ("Blue", "Turquoise"), "earth": ("Brown", "Tan"), "forest": ("Dark_Green", "Olive"), "night": ("Black", "Dark_Blue"), "snow": ("White", "Silver"),
             "sweets": ("Pink", "Lilac"), "sun": ("Yellow", "Gold"), "wine": ("Maroon", "Plum"), "fog": ("Gray", "Dark_Gray")}
 PLACES = dict(zip(("centre", "top left", "bottom left", "top right", "bottom right"), POINTS))
@@ -169,7 +204,7 @@ def jaccard_distance(a: Agent, b: Agent) -> float: # 0 = the same, 1 = nothing i
     "One minus the shared part of two profiles; liking what another dislikes is not shared."
     return 1 - len(a.profile & b.profile) / len(a.profile | b.profile)
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #77eca2d0
+# %% ../../nbs/48_benches/59_tastes.ipynb #3933adfa
 def _opinions(values: tuple, most: int, rng: np.random.Generator) -> tuple[list, list]:
     "Liked and disliked attributes of one dimension: disjoint, equally many."
     n = min(most, max(1, len(values) // 4))
@@ -200,7 +235,7 @@ def make_agents(
         agents.append(build(opinions))
     return agents
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #57797091
+# %% ../../nbs/48_benches/59_tastes.ipynb #09f77d8b
 def agent_prompt(subject: str, own: frozenset, rng: np.random.Generator) -> str:
     "A prompt for a generator: the subject, and one attribute of each dimension."
     by = {}
@@ -224,7 +259,7 @@ def agent_scene(main: str, own: frozenset, rng: np.random.Generator) -> Scene:
     palette = PALETTES[pick["color palette"]]
     return Scene(pick["medium"], palette if pick["medium"] != "plain" else palette[:1], pick["art style"], (*objects[:-1], moved))
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #9923f057
+# %% ../../nbs/48_benches/59_tastes.ipynb #98d79478
 def write_agents(
     path, # of the Parquet file
     agents: list[Agent],

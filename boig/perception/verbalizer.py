@@ -9,7 +9,7 @@ __all__ = ['whole_box', 'settle', 'parts_of', 'thin_out', 'settings', 'Verbalize
 # %% ../../nbs/30_perception/37_verbalizer.ipynb #993e06db
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Callable
@@ -88,7 +88,7 @@ class Verbalizer:
     "Pictures to verbalisations and captions."
     objects: Callable # images [B, 3, H, W] -> list[list[Detection]]
     mask: Callable | None = None # images -> masks [B, H, W] bool, and [B] bool: where there was no subject; None = the whole picture
-    captioner: Callable | None = None # images -> list[str]; None = a sentence from what was seen
+    captioner: Callable | None = None # images -> list[str]; None = an alt text from what was seen
     batch_size: int = 64
     counts: Counter = field(default_factory=Counter) # of what happened so far
 
@@ -98,8 +98,7 @@ class Verbalizer:
 
     def caption(self, pictures) -> list[str]:
         "A sentence about each picture."
-        if self.captioner is not None: return self._each(self.captioner, pictures)
-        return [say(v) for v in replace(self, mask=None, counts=Counter())(pictures)]  # without a mask: the sentence names the ground
+        return self._each(self.captioner or self._alt_texts, pictures)
 
     def describe(self) -> dict:
         "What ran: every part with its settings, and counts."
@@ -107,6 +106,10 @@ class Verbalizer:
 
     def _each(self, f, pictures) -> list:
         return [answer for part in parts_of(pictures, self.batch_size) for answer in by_size(lambda x, _: f(x), part, self.batch_size)]
+
+    def _alt_texts(self, images: torch.Tensor) -> list[str]:
+        height, width = images.shape[2:]
+        return [say(Verbalization({}, {}, settle(found, width, height))) for found in self.objects(images)]
 
     def _verbalize(self, images: torch.Tensor) -> list[Verbalization]:
         masks, empty = (None, torch.zeros(0)) if self.mask is None else self.mask(images)

@@ -188,7 +188,6 @@ class PersonaliseConfig(TuningConfig):
     "What the methods share; each sets its own values."
     steps: int = 800
     batch_size: int = 1 # pictures of the subject at each step
-    beta2: float = 0.999 # of AdamW; β₁ is 0.9
     every: int = 100 # steps of one line of the log, and between two checkpoints
     tracker: str = ""
 
@@ -205,7 +204,7 @@ class Learner(Tuning):
             pipe.unet.requires_grad_(False).to(self.half or torch.float32)
             for p in params: p.data = p.requires_grad_(True).data.float()
             self.params, self.average = params, [p.detach().clone() for p in params] if config.ema else []
-        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+            self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #051ecc76
 def learn(

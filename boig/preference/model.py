@@ -206,8 +206,9 @@ def _prefix(model: PreferenceModel, embedded: torch.Tensor, mask: torch.Tensor) 
 
 def _verdict(model: PreferenceModel, states: torch.Tensor, last: torch.Tensor) -> Verdict:
     "Logits and states at the last token of each row."
-    final = states[torch.arange(len(last), device=states.device), last]
-    return Verdict(model.idefics.lm_head(final).float(), final.float())
+    final, head = states[torch.arange(len(last), device=states.device), last], model.idefics.lm_head
+    with torch.autocast(final.device.type, enabled=False): logits = head(final.to(head.weight.dtype)).float()  # logits of about 20 in bfloat16 would be multiples of 1/8
+    return Verdict(logits, final.float())
 
 # %% ../../nbs/70_preference/70_model.ipynb #63da0fab
 def read(

@@ -1,0 +1,177 @@
+"InstructBooth's experiment: who is asked what, trainings that are done once, judges that see the right references, and a verdict that is a rule."
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from test_sampler import tiny
+
+from boig.core import BoigError
+from boig.diffusion.ddpo import DDPOConfig
+from boig.metrics.subject_fidelity import fidelity_differences
+from boig.perception.pixels import to_tensor
+from boig.personalise import compare
+from boig.personalise.compare import METHODS, PROTOCOLS, Lesson, Protocol, cells_to_decide, claim_verdict, compare_subject, given_rows, judge_rows, load_protocol, picture_grid, picture_rows, teach
+from boig.personalise.dreambooth import DreamBoothConfig
+from boig.personalise.textual_inversion import TextualInversionConfig
+
+FEW = dict(steps=2, every=1, tracker="")
+
+
+def brightness(images, prompts, context=None): return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def lesson(tmp_path_factory):
+    "Settings for a tiny pipeline."
+    folder = tmp_path_factory.mktemp("lesson")
+    tiny().save_pretrained(folder/"base")
+    rl = DDPOConfig(epochs=1, samples=4, batch_size=2, steps=2, guidance=2.0, lr=1e-2, lora_rank=2, advantages="global", tracker="")
+    configs = {"dreambooth": DreamBoothConfig(**FEW, lr=1e-3, prior_pictures=2, prior_steps=2), "textual_inversion": TextualInversionConfig(**FEW, batch_size=2), "instructbooth": rl}
+    return Lesson(folder/"learned", configs, str(folder/"base"), "q", brightness, dict(num_inference_steps=2, guidance_scale=2.0), each=2)
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory): return load_protocol("actions", "", "cup", tmp_path_factory.mktemp("subjects"), phrases=2)
+
+
+# --- what is asked
+
+@pytest.mark.parametrize("phrases, seen, unseen", [(0, 2, 3), (1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (5, 2, 3)])
+def test_seen_and_unseen_phrases(protocol, phrases, seen, unseen):
+    asked = replace(protocol, phrases=phrases).asked(protocol.data.subjects["cup"])
+    assert (asked.seen.sum(), (~asked.seen).sum()) == (seen, unseen) and asked.template.is_unique
+
+
+def test_rl_never_trains_on_an_unseen_prompt(tmp_path):
+    for name in PROTOCOLS:
+        p = load_protocol(name, "", "cat,mascot,cup,bike", tmp_path)  # one of each group
+        assert list(p.data.subjects) == ["cat", "mascot", "cup", "bike"]
+        for s in p.data.subjects.values():
+            asked, rl = p.asked(s), p.rl(s)
+            assert len(rl) == 2 and set(asked.template[asked.seen]) == set(asked.template) & set(rl)
+            assert len(asked) == (25 if name == "dreambench" else 5)
+    for wrong in (dict(name="dreambooth"), dict(name="actions", trained="dreambooth")):
+        with pytest.raises(BoigError, match="Did you mean 'dreambench'"): load_protocol(**wrong, folder="", subjects="", pocket_folder=tmp_path)
+    shared = load_protocol("dreambench", "", "cup", tmp_path, trained="actions")
+    cup = shared.data.subjects["cup"]
+    assert shared.rl(cup) == load_protocol("actions", "", "cup", tmp_path).rl(cup) and not set(shared.rl(cup)) & set(shared.asked(cup).template)
+    with pytest.raises(BoigError, match="and a tent', which counts as unseen"): load_protocol("actions", "", "motorbike", tmp_path, trained="dreambench")
+
+
+def test_a_noun_outside_the_action_set_is_said_before_training(tmp_path):
+    (tmp_path/"prompts_and_classes.txt").write_text("Classes\n\nsubject_name,class\nx,candle\n\nPrompts\n\nObject Prompts\n\nprompt_list = [\n'a {0} {1}'.format(a, b)\n]\nLive Subject Prompts\n\nprompt_list = [\n'a {0} {1}'.format(a, b)\n]\n")
+    (tmp_path/"x").mkdir()
+    for k in range(3): Image.new("RGB", (8, 8), (k, k, k)).save(tmp_path/"x"/f"{k}.png")
+    with pytest.raises(BoigError, match="noun of the action set"): load_protocol("actions", str(tmp_path), "", tmp_path)
+    p = load_protocol("dreambench", str(tmp_path), "", tmp_path)
+    assert not p.pocket and p.rl(p.data.subjects["x"])[1] == "A {0} {1} on top of blue sofa" and list(p.asked(p.data.subjects["x"]).template) == ["a {0} {1}"]
+
+
+# --- learning and drawing
+
+@pytest.fixture(scope="module")
+def table(lesson, protocol): return compare_subject(lesson, protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth"))
+
+
+def test_all_methods_draw_the_same_prompts(table, lesson, protocol):
+    drawn = table[table.method != "reference"]
+    keys = {m: g[["prompt", "number", "seen"]].values.tolist() for m, g in drawn.groupby("method")}
+    assert len(keys) == 4 and all(k == keys["base"] for k in keys.values()) and len(keys["base"]) == 4
+    assert drawn[drawn.method == "base"].asked.tolist() == drawn[drawn.method == "base"].prompt.tolist()
+    assert drawn.groupby("method").asked.first().str.contains("q cup").to_dict() == {"base": False, "dreambooth": True, "instructbooth": True, "textual_inversion": False}
+    assert not drawn.prompt.str.contains(r"\bq\b|<").any() and len(table[table.method == "reference"]) == 5
+    shots = [np.asarray(Image.open(io.BytesIO(i["bytes"]))) for i in drawn[drawn.method == "dreambooth"].image]
+    assert len({s.tobytes() for s in shots}) == 4
+
+
+def test_base_and_methods_start_from_the_same_noise(lesson, protocol):
+    pipe, asked = compare.load_pipeline(lesson.base), protocol.asked(protocol.data.subjects["cup"])
+    one, two = (picture_rows(pipe, "cup", "cup", asked, 2, 3, **lesson.sampling) for _ in range(2))
+    assert one.image.tolist() == two.image.tolist() and one.image.tolist() != picture_rows(pipe, "cup", "cup", asked, 2, 4, **lesson.sampling).image.tolist()
+
+
+def test_what_is_learned_is_not_learned_again(table, lesson, protocol, monkeypatch):
+    monkeypatch.setattr(compare, "teach", lambda *a, **k: pytest.fail("trained again"))
+    pd.testing.assert_frame_equal(compare_subject(lesson, protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth")), table)
+    assert not list(lesson.folder.rglob("checkpoint.pt"))
+
+
+def test_a_killed_run_goes_on_to_the_same_pictures(table, lesson, protocol, tmp_path, monkeypatch):
+    other, real, calls = replace(lesson, folder=tmp_path), compare.draw, []
+    def killed(*a, **k):
+        calls.append(0)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return real(*a, **k)
+    monkeypatch.setattr(compare, "draw", killed)
+    with pytest.raises(KeyboardInterrupt): compare_subject(other, protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth"))
+    again = compare_subject(other, protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth"))
+    assert len(calls) == 5  # base and DreamBooth were kept
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_unknown_method(lesson):
+    with pytest.raises(BoigError, match="Did you mean 'neti'"): teach("netti", None, "x", None, lesson.base)
+
+
+# --- judging
+
+def plain(value, n=3): return [{"bytes": compare.png(torch.full((3, 4, 4), v))["bytes"], "path": None} for v in np.full(n, value)]
+
+
+class Nearness:
+    "1 - distance of mean brightness to that of the references."
+    name = "near"
+    def __call__(self, images, prompts, context): return 1 - (brightness(images, 0) - brightness(torch.stack(list(context["references"])), 0).mean()).abs()
+
+
+def test_each_subject_is_compared_with_its_own_references():
+    rows = pd.concat([pd.DataFrame({"subject": s, "method": m, "image": plain(v), "prompt": "a cup", "companion": "", "noun": "cup", "protocol": "actions"})
+                      for s, m, v in (("dark", "reference", 0.2), ("dark", "a", 0.2), ("light", "reference", 0.8), ("light", "a", 0.4))], ignore_index=True)
+    scores = judge_rows(rows, [Nearness()], detector=object())  # no companion is asked for, so no detector is asked
+    assert scores.groupby("subject").near.mean().round(2).to_dict() == {"dark": 1.0, "light": 0.6} and "image" not in scores and "action" not in scores and len(scores) == 6
+    with pytest.raises(BoigError, match="no reference pictures of light"): judge_rows(rows[~((rows.subject == "light") & (rows.method == "reference"))], [Nearness()])
+
+
+def test_grid_has_a_row_for_each_method(table):
+    import matplotlib.pyplot as plt
+    fig = picture_grid(table, {m: n for m, n in METHODS.items() if m in set(table.method)}, 2)
+    assert len(fig.axes) == 5 * 4 and [ax.get_ylabel() for ax in fig.axes[8::4]] == ["DreamBooth", "Textual\nInversion", "InstructBooth"]
+    titles = ["".join(t.get_text() for t in ax.texts) for ax in fig.axes[4:8]]
+    assert "(seen in RL)" in titles[0] and not titles[1] and titles[2] and "(seen in RL)" not in titles[2]
+    assert np.array_equal(fig.axes[8].images[0].get_array(), np.asarray(Image.open(io.BytesIO(table[table.method == "dreambooth"].image.iloc[0]["bytes"]))))
+    plt.close(fig)
+
+
+def test_given_rows_hold_the_files(tmp_path):
+    Image.new("RGB", (5, 4), "red").save(tmp_path/"a.png")
+    row, = given_rows([tmp_path/"a.png"], "apple").to_dict("records")
+    assert row["prompt"] == "an apple" and to_tensor(row["image"]["bytes"]).shape == (3, 4, 5)
+
+
+# --- the verdict
+
+def gaps(**verdicts): return pd.DataFrame([{"Metric": m, "verdict": v} for m, v in verdicts.items()])
+
+
+@pytest.mark.parametrize("a, b, subject, said", [
+    ("better", "better", "undecided", "holds"), ("better", "better", "better", "holds"), ("better", "undecided", "undecided", "undecided"), ("undecided", "undecided", "better", "undecided"),
+    ("better", "better", "worse", "fails"), ("better", "worse", "undecided", "fails"), ("better", "not measurable", "undecided", "undecided"), ("better", "better", "not measurable", "undecided")])
+def test_the_claim_is_a_rule(a, b, subject, said): assert claim_verdict(gaps(a=a, b=b, s=subject, reward="worse"), ["a", "b"], "s") == said
+
+
+def test_the_claim_asks_only_for_what_was_measured():
+    with pytest.raises(BoigError, match="Unknown metric 'b'"): claim_verdict(gaps(a="better", s="undecided"), ["a", "b"], "s")
+
+
+def test_cells_that_decide():
+    "With so many cells of the same spread, the interval's end is at zero."
+    rng, n = np.random.default_rng(0), 40
+    values = rng.normal(0.1, 1, n)
+    scores = pd.concat([pd.DataFrame({"method": m, "subject": "x", "prompt": range(n), "s": v}) for m, v in (("a", values), ("b", 0 * values))])
+    r = fidelity_differences(scores, "a", "b", ["s"]).iloc[0]
+    assert cells_to_decide(r.gain, r.low, r.high, r.n) == pytest.approx((1.96 * values.std() / values.mean())**2, rel=0.15)
+    assert np.isnan(cells_to_decide(0.1, np.nan, np.nan, 3)) and np.isnan(cells_to_decide(0.0, -1, 1, 3))
