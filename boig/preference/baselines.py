@@ -15,18 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPImageProcessorPil
 
 from ..behaviour.incontext import Server
 from ..benches.pickapic import HistoryRules, build_histories
-from ..benches.tastes import POCKET_DIMENSIONS, Agent, make_agents, write_agents
+from ..benches.tastes import POCKET_DIMENSIONS, make_agents, write_agents
 from ..core import BoigError, derive_seed
-from ..metrics.choice import choice_row
 from ..pocket.judges import choice_loss
 from ..pocket.training import fit, save_model
 from .loss import LossConfig
-from .model import PreferenceConfig, Rated
+from .model import PreferenceConfig
 from .training import Histories, TrainConfig
 from ..rewards.clip_scores import ClipScore, embed_images, embed_texts, load_clip
 
