@@ -137,8 +137,8 @@ if __name__ == "__main__":
         start = time.perf_counter()
         record[part] = PARTS[part]() | {"bench_seconds": round(time.perf_counter() - start, 1)}
         print(part, json.dumps(record[part]), flush=True)
-    folders = [resolve(n) for n in entries() if n.startswith("pocket-")]
-    record["megabytes"] = round(sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file()) / 2**20, 1)
+    shipped = {f for n in entries() if n.startswith("pocket-") for f in resolve(n).rglob("*") if f.is_file()}  # pocket-vae lies in pocket-sd
+    record["megabytes"] = round(sum(f.stat().st_size for f in shipped) / 2**20, 1)
     record["weights"] = {n: sha256_tree(resolve(n))[:12] for n in entries() if n.startswith("pocket-")}
     write_json(RESULTS, record | {"provenance": provenance()})
     for name, e in entries().items():

@@ -19,7 +19,7 @@ def test_commands_exist():
 
 def test_snippets_run(tmp_path, monkeypatch):
     write_market(tmp_path/"market", tweets=400, stock=0, seed=1)
-    (tmp_path/"market"/"pages").rename(tmp_path/"pages")
+    (tmp_path/"market"/"twitter").rename(tmp_path/"pages")
     monkeypatch.chdir(tmp_path)
     scope = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S): exec(snippet, scope)

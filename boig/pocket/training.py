@@ -200,10 +200,10 @@ def save_model(model, folder, log: pd.DataFrame):
     save_log(log, folder)
 
 def ship(name: str, folder, package=None):
-    "Put a trained model into the package (its card stays) and its hash into `zoo.toml`."
+    "Put a trained model into the package (cards stay) and its hash into `zoo.toml`."
     package = Path(package or str(files("boig")))
     target, toml = package/entries()[name].file, package/"zoo.toml"
-    for old in [p for p in target.rglob("*") if p.is_file() and p.suffix != ".md"]: old.unlink()
+    for old in [p for p in target.rglob("*") if p.is_file() and p.suffix not in (".md", ".csv")]: old.unlink()
     shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
     for config in target.rglob("config.json"):  # diffusers notes the folder it once loaded from
         settings = json.loads(config.read_text(encoding="utf-8"))
