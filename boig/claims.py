@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Claim', 'load_claims', 'select', 'Number', 'ends_of', 'number', 'Outcome', 'read_table', 'run_tests', 'verdict',
-           'n_needed', 'deciding', 'supported', 'judge']
+           'n_needed', 'deciding', 'supported', 'judge', 'decided']
 
 # %% ../nbs/95_front/93_claims.ipynb #82af5e8c
 import math
@@ -274,3 +274,11 @@ def _row(c: Claim, folders: list, makers: dict) -> dict:
             "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": shown.label if shown else "", "tests": _counts(found),
             "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": truth.label if truth else "",
             "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
+
+# %% ../nbs/95_front/93_claims.ipynb #f1ada18b
+def decided(claims: pd.DataFrame) -> str: # of `judge`, or of claims.csv; Markdown
+    "How many claims hold, and a table of those that are decided."
+    n = claims.verdict.value_counts()
+    counts = ", ".join(f"{n.get(v, 0)} {says}" for v, says in (("holds", "hold"), ("fails", "fail"), ("undecided", "are undecided"), ("not run", "were not run")))
+    rows = [f"| {r.paper} | {r.claim} | {r['paper supports']} | **{r.verdict}** |" for v in ("holds", "fails") for _, r in claims[claims.verdict == v].iterrows()]
+    return "\n".join([f"Of {len(claims)} claims, {counts}.", "", "| paper | claim | by its own table | here |", "|---|---|---|---|", *rows])
