@@ -90,12 +90,14 @@ def test_gradient_agrees_with_finite_differences():
     assert slope.item() == pytest.approx(rise.item(), rel=1e-4) and abs(slope) > 1e-4
 
 
-def test_a_batch_climbs_as_its_pictures_alone():
-    turbo = load_pipeline("pocket-turbo", "cpu", dtype=torch.float64)  # in float32, a kink of the decoder makes 1e-3 of 1e-6
-    log, config = {}, RenoConfig(steps=2, norm_weight=0.1)
+def test_a_batch_climbs_as_its_pictures_alone(turbo):
+    log, config, one = {}, RenoConfig(steps=2, norm_weight=0.1), RenoConfig(steps=2, norm_weight=0.1, batch_size=1)
+    wide = load_pipeline("pocket-turbo", "cpu", dtype=torch.float64)  # in float32, a kink of the decoder makes 1e-3 of 1e-6
+    both, single = (optimise_noise(wide, PROMPTS, Term(Blue(), 1), c, seed=4, **FEW) for c in (config, one))
+    assert torch.allclose(both.images, single.images, atol=1e-6) and torch.allclose(both.noise, single.noise, atol=1e-9)
     together = optimise_noise(turbo, PROMPTS, Term(Blue(), 1), config, seed=4, watch=lambda numbers, step, x: log.setdefault(step, x), **FEW)
-    alone = optimise_noise(turbo, PROMPTS, Term(Blue(), 1), RenoConfig(steps=2, norm_weight=0.1, batch_size=1), seed=4, **FEW)
-    assert torch.allclose(together.images, alone.images, atol=1e-6) and torch.allclose(together.noise, alone.noise, atol=1e-9)
+    alone = optimise_noise(turbo, PROMPTS, Term(Blue(), 1), one, seed=4, **FEW)
+    assert torch.allclose(together.noise, alone.noise, atol=1e-3)
     assert list(log) == [0, 1, 2] and torch.equal(log[0], together.before)
     assert together.history.picture.tolist() == [0, 1, 2] * 3 and alone.history.picture.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert (together.table.best > together.table["first"]).all()
