@@ -129,7 +129,7 @@ class PocketWorldScale:
     student: str # the same in few steps
     pictures: int # captions drawn for the table
 
-# %% ../nbs/00_core/01_scales.ipynb #ba712cc9
+# %% ../nbs/00_core/01_scales.ipynb #3316f504
 @dataclass(frozen=True)
 class BoigSDScale:
     "BoigSD (BOIG §3.2) and fine-tuning on high-KPI pictures (§3.3)."
@@ -177,7 +177,7 @@ class BoigTable2Scale:
     guidance: float # classifier-free
     bootstrap: int # resamples behind each interval
 
-# %% ../nbs/00_core/01_scales.ipynb #3316f504
+# %% ../nbs/00_core/01_scales.ipynb #a4636384
 @dataclass(frozen=True)
 class InstructBoothScale:
     "InstructBooth and its four baselines (§4, §5.1, appendix B)."
@@ -221,6 +221,7 @@ class InstructBoothScale:
     reach: float # of the fast recipe: its random steps lie within this first share of the path
     lora_rank: int # of the second stage; 0 = the whole denoiser
 
+# %% ../nbs/00_core/01_scales.ipynb #bc686411
 @dataclass(frozen=True)
 class InstructTablesScale:
     "Tables 1 and 2 of InstructBooth, Fig. 6, appendix C."
@@ -236,7 +237,7 @@ class InstructTablesScale:
     appendix_pictures: int # of each subject, for appendix C
     bootstrap: int # resamples behind each interval
 
-# %% ../nbs/00_core/01_scales.ipynb #a201f28e
+# %% ../nbs/00_core/01_scales.ipynb #33b01898
 @dataclass(frozen=True)
 class InstructAblationsScale:
     "InstructBooth's ablations: Table 3 and Fig. 7, Fig. 8, and LoRA (§5.1, §5.4, appendix F)."
@@ -280,7 +281,7 @@ class InstructAblationsScale:
     rl_lr_full: float # of the whole denoiser
     bootstrap: int # resamples behind each interval
 
-# %% ../nbs/00_core/01_scales.ipynb #a4636384
+# %% ../nbs/00_core/01_scales.ipynb #f0d74b5e
 @dataclass(frozen=True)
 class PreferenceDataScale:
     "Users' choices, real or simulated, and agents (arXiv 2508.08220, \"Datasets\")."
@@ -295,6 +296,7 @@ class PreferenceDataScale:
     viper_agents: int # that ViPer's proxy learns from
     agent_pairs: int # liked and disliked pictures of an agent
 
+# %% ../nbs/00_core/01_scales.ipynb #c99d3e26
 @dataclass(frozen=True)
 class PreferenceModelsScale:
     "The preference model, its variants and trained rivals (\"Implementation Details\", appendix C)."
@@ -325,6 +327,7 @@ class PreferenceModelsScale:
     clip_lr: float # of AdamW
     clip_muon_lr: float # of matrices, by Muon
 
+# %% ../nbs/00_core/01_scales.ipynb #dd7d6c98
 @dataclass(frozen=True)
 class PreferenceTablesScale:
     "Tables 1, 2, 3, 5 and 6, Figs. 3, 5 and 7."
@@ -369,7 +372,7 @@ class PreferenceGuidanceScale:
     answers: str # folder with raters' files; "" = nobody has rated
     bootstrap: int # resamples behind each interval
 
-# %% ../nbs/00_core/01_scales.ipynb #bc686411
+# %% ../nbs/00_core/01_scales.ipynb #3f1f3d2a
 @dataclass(frozen=True)
 class Scale:
     "Everything that differs between a smoke test and the paper."
@@ -394,7 +397,7 @@ class Scale:
     preference_tables: PreferenceTablesScale
     preference_guidance: PreferenceGuidanceScale
 
-# %% ../nbs/00_core/01_scales.ipynb #416d6407
+# %% ../nbs/00_core/01_scales.ipynb #e06e67d8
 AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 0, "test": 0, "valid": 0, "test_fraction": 0, "valid_fraction": 0, "bootstrap": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "warmup_ratio": 0,
             "max_length": 8, "lora_rank": 0, "bits": 0, "processes": 1, "accumulation": 1, "pack": 0, "behaviour_weight": 0, "valid_rows": 0, "noise": 0, "eval_every": 1, "generate_batch": 1, "test_rows": 0,
             "few": 1, "many": 1, "max_new_tokens": 1, "free_rows": 0, "budget": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
@@ -432,14 +435,14 @@ def _section(cls: type, values: dict, where: str):
         raise BoigError(f"[{where}] lacks {', '.join(missing)}.")
     return cls(**{k: _check(_cast(v, kinds[k], f"{where}.{k}"), k, f"{where}.{k}") for k, v in values.items()})
 
-# %% ../nbs/00_core/01_scales.ipynb #dd7d6c98
+# %% ../nbs/00_core/01_scales.ipynb #55390a5c
 SECTIONS = {f.name: f.type for f in fields(Scale) if f.name not in ("name", "seed")}
 
 def scale_names() -> list[str]:
     "The scales that are shipped."
     return sorted(f.name.removesuffix(".toml") for f in files("boig").joinpath("scales").iterdir() if f.name.endswith(".toml"))
 
-# %% ../nbs/00_core/01_scales.ipynb #e06e67d8
+# %% ../nbs/00_core/01_scales.ipynb #52c1e31e
 def load_scale(
     name: str = "pocket", # one of `scale_names()`
     llm: str = "", # "" keeps the scale's own model; else a name with an [llm.NAME] table
@@ -460,7 +463,7 @@ def load_scale(
         if key not in SECTIONS: raise closest(key, SECTIONS, f"section in {name}.toml")
     return Scale(name, seed, **{k: _section(cls, table.get(k, {}), k) for k, cls in SECTIONS.items()})
 
-# %% ../nbs/00_core/01_scales.ipynb #e37e38cf
+# %% ../nbs/00_core/01_scales.ipynb #8014a3c1
 def _override(table: dict, key: str, value):
     "Set `section.key` (or `seed`) in a TOML table; BoigError for one that isn't there."
     known = ["seed"] + [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
