@@ -70,7 +70,7 @@ def open_trl(folder, pipeline, lora: bool, a):
 
 def open_ours(folder, pipeline, theirs, lora: bool, a) -> Run:
     "Our run with the weights of TRL's."
-    config = DDPOConfig(samples=a.pictures, batch_size=a.pictures, micro_batch=a.batch, steps=a.steps, advantages="global", lr=1e-4, lora_rank=4 if lora else 0, tracker="")
+    config = DDPOConfig(samples=a.pictures, batch_size=a.pictures, micro_batch=a.batch, steps=a.steps, advantages="global", lr=1e-4, lora_rank=4 if lora else 0, tracker="", micro_steps=a.micro_steps)
     run = Run(load_pipeline(str(pipeline), "cpu"), PROMPTS, brightness, folder, config)
     with torch.no_grad():
         for mine, other in zip(run.params, trained(theirs), strict=True): mine.copy_(other)
@@ -264,7 +264,7 @@ def main():
     add("--out", default=str(RESULTS), help="the record; other sections in it stay")
     add("--trl", default="", help="folder that TRL 0.23.1 was installed into")
     add("--pictures", type=int, default=8, help="trl: of an update"); add("--batch", type=int, default=4, help="trl: at once"); add("--steps", type=int, default=10, help="trl: of a path")
-    add("--repeats", type=int, default=7, help="trl: measurements of each")
+    add("--micro-steps", type=int, default=1, help="trl: steps of a path in one pass of ours; TRL takes one"); add("--repeats", type=int, default=7, help="trl: measurements of each")
     add("--folder", default="", help="fast: of the runs; needed to go on after a stop"); add("--seeds", type=int, default=3); add("--epochs", type=int, default=20, help="of the standard recipe")
     add("--fast-epochs", type=int, default=40, help="at most, of the fast one"); add("--samples", type=int, default=64, help="pictures of an epoch"); add("--path", type=int, default=20, help="steps of a path")
     add("--window", type=int, default=2); add("--reach", type=float, default=1.0); add("--lr", type=float, default=3e-4); add("--rank", type=int, default=8)

@@ -359,10 +359,11 @@ def test_denoisers_that_say_something_else(tmp_path, kind):
     assert log.ratio_start.iloc[0] == 0 and log.grad_norm.iloc[0] > 0 and weights(pipe).isfinite().all()
 
 
-def test_smaller_batches_and_checkpointing_change_nothing(tmp_path):
-    config = dataclasses.replace(SMALL, epochs=1, samples=4, batch_size=4, micro_batch=4)
+@pytest.mark.parametrize("changes", [dict(micro_batch=1, gradient_checkpointing=True), dict(micro_steps=2), dict(micro_steps=8, kl=0.1)], ids=str)
+def test_smaller_batches_checkpointing_and_several_steps_at_once_change_nothing(tmp_path, changes):
+    config = dataclasses.replace(SMALL, epochs=1, samples=4, batch_size=4, micro_batch=4, kl=changes.get("kl", 0.0))
     a, log = train(tmp_path/"a", config)
-    b, log2 = train(tmp_path/"b", dataclasses.replace(config, micro_batch=1, gradient_checkpointing=True))
+    b, log2 = train(tmp_path/"b", dataclasses.replace(config, **changes))
     for column in ("reward", "loss", "grad_norm"): assert log[column].iloc[0] == pytest.approx(log2[column].iloc[0], rel=1e-3, abs=1e-6)
     assert (weights(a) - weights(b)).abs().mean() < 1e-5 # AdamW's first step is lr · sign, so rounding shows where a gradient is 0
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAST', 'ddpo_sf', 'ddpo_is', 'standardize', 'flat', 'deviation', 'Advantages', 'score', 'DDPOConfig', 'step_loss',
            'path_loss', 'Run', 'epoch_prompts', 'window_eta', 'draw_batch', 'mend', 'collect', 'base_mean',
-           'choose_steps', 'losses', 'update', 'train_ddpo']
+           'choose_steps', 'repeated', 'losses', 'update', 'train_ddpo']
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #20d677c1
 import copy
@@ -108,6 +108,7 @@ class DDPOConfig(TuningConfig):
     samples: int = 64 # pictures of an epoch
     batch_size: int = 8 # pictures of one update, those of all processes together
     micro_batch: int = 8 # paths at once, drawn and trained; less memory if smaller, same result
+    micro_steps: int = 1 # steps of each path in one training pass; faster where passes are small, more memory, same result
     steps: int = 50 # T
     guidance: float = 5.0 # classifier-free, in sampling and training; 1: none
     eta: float = 1.0 # η of DDIM, in (0, 1]
@@ -142,7 +143,7 @@ def _check(c: DDPOConfig, prompts):
     "BoigError for settings that cannot work together."
     if isinstance(prompts, str) or not len(prompts): raise BoigError("There are no prompts; pass a list with at least one.")
     for name, known in dict(loss=("is", "sf"), advantages=("prompt", "global", "group")).items(): check_choice(c, name, known)
-    check_positive(c, "epochs", "samples", "batch_size", "micro_batch", "inner_epochs", "steps", "group")
+    check_positive(c, "epochs", "samples", "batch_size", "micro_batch", "micro_steps", "inner_epochs", "steps", "group")
     if c.samples % c.batch_size: raise BoigError(f"samples ({c.samples}) must be a multiple of batch_size ({c.batch_size}).")
     if c.batch_size % c.group: raise BoigError(f"batch_size ({c.batch_size}) must be a multiple of group ({c.group}).")
     if c.advantages == "group" and c.group < 2: raise BoigError("advantages='group' compares the pictures of a group: set group to 2 or more.")
@@ -276,15 +277,20 @@ def choose_steps(steps, numbers: torch.Tensor, config: DDPOConfig, epoch: int, i
     return chance[torch.stack(orders)[:, :k]].to(steps.t.device)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #caf504c6
+def repeated(paths: Trajectories, k: int) -> Trajectories:
+    "Each path k times in a row."
+    return replace(paths, kept=(), **{name: getattr(paths, name).repeat_interleave(k, 0) for name in ("latents", "log_probs", "states")})
+
 def losses(run: Run, paths: Trajectories, times: torch.Tensor, advantage: torch.Tensor):
-    "For a batch, one after the other: the loss of a step of each path [B], and what to watch [4, B]."
+    "For a batch, one after the other: the loss of k steps of each path [B·k], and what to watch [4, B·k]."
     for n, new, mean in paths.kept:
         i = torch.full_like(times[:, 0], n)
         loss, watch = step_loss(new, paths.log_probs[:, n], mean, paths.steps.at("sigma", n), advantage, run.config, base_mean(run, paths, i))
         chosen = (times == n).any(1)
         yield loss.where(chosen, 0), watch.where(chosen, 0)
-    for i in () if paths.kept else times.T:
-        yield path_loss(run.pipe.unet, paths, i, advantage, run.config, base_mean(run, paths, i))
+    for i in () if paths.kept else times.split(run.config.micro_steps, 1):
+        part, i, k = repeated(paths, i.shape[1]), i.flatten(), i.shape[1]
+        yield path_loss(run.pipe.unet, part, i, advantage.repeat_interleave(k), run.config, base_mean(run, part, i))
 
 def update(run: Run, batches: list, advantages: torch.Tensor, epoch: int, inner: int) -> dict[str, float]:
     "One step of the optimiser; what to log."
