@@ -17,7 +17,7 @@ setup(
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["boig", "boig.*"]), include_package_data=True,
-    package_data={"boig": ["*.toml", "Snakefile", "scales/*.toml", "templates/*", "reference/*", "data/*/*", "pocket/*.toml", "weights/**/*"]},
+    package_data={"boig": ["*.toml", "Snakefile", "scales/*.toml", "profiles/*/*.yaml", "templates/*", "reference/*", "data/*/*", "pocket/*.toml", "weights/**/*"]},
     install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

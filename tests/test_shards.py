@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ from PIL import Image
 
 from boig.core import BoigError
 from boig.data.verbalization import Verbalization, parse
-from boig.perception import shards as module
+from boig.perception import executors, shards as module
+from boig.perception.executors import verbalize_with
 from boig.perception.shards import ROWS, Shards, content_hash, cut, pictures_of, verbalize_rows, verbalize_table, weights_hash
 
 
@@ -264,6 +267,102 @@ def test_bad_tables(tmp_path):
     with pytest.raises(BoigError, match="at least one row"): verbalize_table(frame_of(2), tmp_path/"s", Fake(), shard_rows=0)
     empty = verbalize_table([], tmp_path/"e", Fake(), read={}.get)
     assert list(empty.columns) == ROWS.names and len(empty) == 0 and json.loads((tmp_path/"e"/"manifest.json").read_text())["rows"] == 0
+
+# -- executors ---------------------------------------------------------------------------------------------------------------------------
+
+STUB = """import hashlib, json, sys, types
+class Fake:
+    def describe(self): return {"setting": 1}
+    def caption(self, pictures): return [f"{len(p)} bytes" for p in pictures]
+    def __call__(self, pictures):
+        texts = [json.dumps({"seen": hashlib.sha256(p).hexdigest()}) for p in pictures]
+        return [types.SimpleNamespace(to_json=lambda t=t: t) for t in texts]
+stub = types.ModuleType("boig.perception.verbalizer")
+stub.load_verbalizer = lambda name: Fake()
+"""
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    "A table of 60 pictures, and a verbalizer that needs no models, here and in the processes that are started; one process's files."
+    (tmp_path/"site").mkdir()
+    (tmp_path/"site"/"sitecustomize.py").write_text(STUB + "sys.modules[stub.__name__] = stub\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path/'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    exec(STUB, scope := {})
+    monkeypatch.setitem(sys.modules, "boig.perception.verbalizer", scope["stub"])
+    for cache in (executors._models, executors._open): cache.cache_clear()
+    table = frame_of(60)
+    table.at[7, "image"] = {"bytes": b"<html>", "path": None}
+    table.to_parquet(tmp_path/"pictures.parquet", row_group_size=25)
+    verbalize_table(tmp_path/"pictures.parquet", tmp_path/"alone", scope["Fake"](), shard_rows=8)
+    yield tmp_path
+    for cache in (executors._models, executors._open): cache.cache_clear()
+
+def same(quick, executor, name):
+    "Whether an executor leaves, to the byte, what one process leaves."
+    verbalize_with(executor, quick/"pictures.parquet", quick/name, shard_rows=8)
+    files = [p.relative_to(quick/"alone") for p in (quick/"alone").rglob("*") if p.is_file()]
+    assert len(files) > 5 and all((quick/name/f).read_bytes() == (quick/"alone"/f).read_bytes() for f in files)
+
+def test_local_processes_give_the_same_files(quick):
+    same(quick, "here", "here")
+    same(quick, partial(executors.local, processes=2), "local")
+    (some := sorted((quick/"local"/"shards").iterdir())[0]).unlink()
+    executors.Run(str(quick/"local")).task(0, 1)  # one that is lacking, as a later call would
+    assert some.read_bytes() == (quick/"alone"/"shards"/some.name).read_bytes()
+
+def test_a_slurm_array_gives_the_same_files(quick, monkeypatch):
+    "bash runs the array's script, once for each SLURM_ARRAY_TASK_ID that its --array names, from another folder."
+    (quick/"bin").mkdir()
+    sbatch = quick/"bin"/"sbatch"
+    sbatch.write_text('#!/bin/bash\n[ "$1" = --wait ] && cd / || exit 9\nrange=$(sed -n "s/^#SBATCH --array=//p" "$2")\n'
+                      'for k in $(seq ${range#*-} -1 ${range%-*}); do SLURM_ARRAY_TASK_ID=$k bash "$2" || exit 1; done\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{quick/'bin'}{os.pathsep}{os.environ['PATH']}")
+    same(quick, partial(executors.slurm, tasks=2, options=["--gpus=1"]), "slurm")
+    script = (quick/"slurm"/"slurm"/"array.sh").read_text()
+    assert "#SBATCH --array=0-1\n" in script and "#SBATCH --gpus=1\n" in script
+
+def test_ray_gives_the_same_files(quick):
+    "Real Ray, where it is installed."
+    pytest.importorskip("ray")
+    same(quick, "ray", "ray")
+
+def test_ray_is_asked_as_it_wants_to_be(quick, monkeypatch):
+    "A stand-in with Ray's three words, that carries each call through a pickle as Ray does; it is not Ray."
+    import pickle
+    asked = []
+    class Call:
+        def __init__(self, f): self.f = f
+        def remote(self, *args): return pickle.dumps((self.f, args))
+    def get(calls):
+        for f, args in map(pickle.loads, reversed(calls)): f(*args)
+    ray = types.SimpleNamespace(is_initialized=lambda: True, remote=lambda **want: asked.append(want) or Call, get=get)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    same(quick, partial(executors.on_ray, gpus=0.5), "ray")
+    assert asked == [{"num_cpus": 1, "num_gpus": 0.5}]
+
+def test_what_executors_say(quick, monkeypatch):
+    pictures = quick/"pictures.parquet"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(BoigError, match="pip install ray"): verbalize_with("ray", pictures, quick/"x", shard_rows=8)
+    with pytest.raises(BoigError, match="Unknown executor 'dusk'"): verbalize_with("dusk", pictures, quick/"x")
+    with pytest.raises(BoigError, match="write it to a Parquet file"): verbalize_with("here", frame_of(2), quick/"x")
+    with pytest.raises(BoigError, match="there is no part 2"): executors.Run(str(quick/"x")).task(2, 2)
+    with pytest.raises(BoigError, match="holds no job"): executors.Run(str(quick/"nowhere"))(0)
+    monkeypatch.setattr(executors.shutil, "which", lambda name: None)
+    with pytest.raises(BoigError, match="sbatch --wait .*array.sh"): verbalize_with("slurm", pictures, quick/"x", shard_rows=8)
+
+def test_an_executor_is_given_what_is_lacking(quick):
+    asked = []
+    def one_only(run, shards):
+        asked.append(shards)
+        run(shards[-1])
+    with pytest.raises(BoigError, match="shards are not done"): verbalize_with(one_only, quick/"pictures.parquet", quick/"x", shard_rows=8)
+    with pytest.raises(BoigError, match="shards are not done"): verbalize_with(one_only, quick/"pictures.parquet", quick/"x", shard_rows=8)
+    assert len(asked[0]) > 2 and asked[1] == asked[0][:-1]
+    same(quick, "here", "x")
+    verbalize_with(one_only, quick/"pictures.parquet", quick/"x", shard_rows=8)  # nothing is lacking: not called
+    assert len(asked) == 2
 
 # -- a cluster ---------------------------------------------------------------------------------------------------------------------------
 
