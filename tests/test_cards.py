@@ -11,13 +11,15 @@ import boig.benches.market as market
 from boig.benches.cards import (card_path, check_croissant, croissant, emoji_facts, fill, market_facts, plain, read_card, read_croissant, size_of, table_facts, write_card,
                                 write_croissant)
 from boig.benches.market import make_stock, make_tweets, write_market
+from boig.benches.pickapic import HistoryRules, build_histories
 from boig.benches.subjects import write_pocket_subjects
+from boig.benches.tastes import TasteRules, make_tastes
 from boig.core import BoigError
 from boig.data.emoji import load_emojibench
 from boig.data.verbalization import Verbalization
 from boig.zoo import resolve
 
-NAMES = ("emojibench", "pocket-ads", "pocket-subjects", "boigbench", "stock")
+NAMES = ("emojibench", "pocket-ads", "pocket-subjects", "boigbench", "stock", "pocket-preferences", "pick-a-pic")
 
 
 def text_of(name): return card_path(name).read_text(encoding="utf-8")
@@ -208,3 +210,30 @@ def test_records_of_pocket_subjects(tmp_path):
     assert [r["pictures/file"].decode() for r in records] == [f"{s}/{k:02}.png" for s in ("cup", "mascot") for k in range(3)]
     assert all((tmp_path/r["pictures/file"].decode()).is_file() for r in records) and records[5]["pictures/noun"] == b"monster toy"
     assert all(r["pictures/x1"] < r["pictures/x2"] <= 64 for r in records)
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory):
+    "Simulated choices, read back as histories."
+    folder = tmp_path_factory.mktemp("histories")
+    make_tastes(folder, TasteRules(users=6, prompts=12))
+    build_histories(folder/"choices.parquet", folder/"h", HistoryRules(test_users=0.34, valid_users=0.0), threads=1)
+    return folder/"h"
+
+
+@pytest.mark.parametrize("name", ["pocket-preferences", "pick-a-pic"])
+def test_records_of_preferences(name, histories, tmp_path):
+    needs_mlcroissant()
+    assert not re.search(r"\d", re.search(r"<!-- statistics -->(.*?)<!-- / -->", text_of(name), re.S)[1])
+    for file in histories.iterdir(): (tmp_path/file.name).write_bytes(file.read_bytes())
+    card = write_card(name, tmp_path, tmp_path/f"{name}.md", "a test")
+    triples, cases = (pd.read_parquet(histories/f"{f}.parquet") for f in ("triples", "cases"))
+    text, n = card.read_text(encoding="utf-8"), {k: len(v) for k, v in cases.groupby(["kind", "split", "seen"])}
+    assert f"| triples | {len(triples):,} |" in text and f"| … of training | {(triples.split == 'train').sum():,} |" in text and "size_categories: [n<1K]" in text and ("a test" in text) == (name == "pick-a-pic")
+    for (kind, split, seen), k in n.items(): assert f"| questions: {kind} {split} {'seen' if seen else 'unseen'} | {k:,} |" in text
+    path = write_croissant(card, tmp_path/f"{name}.croissant.json", tmp_path)
+    found, raw = read_croissant(path, n=5), json.loads(path.read_text(encoding="utf-8"))
+    assert not any("key" in r for r in raw["recordSet"] if r["name"] != "pictures") and all("sha256" in f for f in raw["distribution"])
+    assert [r["triples/liked"].decode() for r in found["triples"]] == list(triples.liked[:5]) and [r["cases/kind"].decode() for r in found["cases"]] == list(cases.kind[:5])
+    assert [[u.decode() for u in r["cases/disliked"]] for r in found["cases"]] == [list(u) for u in cases.disliked[:5]]
+    if name == "pocket-preferences": assert found["pictures"][0]["pictures/image"].size == (64, 64)

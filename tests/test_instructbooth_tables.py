@@ -11,6 +11,7 @@ from test_sampler import tiny
 
 from boig.core import BoigError
 from boig.diffusion.ddpo import DDPOConfig
+from boig.diffusion.pipeline import as_png
 from boig.metrics.subject_fidelity import fidelity_differences
 from boig.perception.pixels import to_tensor
 from boig.personalise import compare
@@ -119,7 +120,7 @@ def test_unknown_method(lesson):
 
 # --- judging
 
-def plain(value, n=3): return [{"bytes": compare.png(torch.full((3, 4, 4), v))["bytes"], "path": None} for v in np.full(n, value)]
+def plain(value, n=3): return [{"bytes": as_png(torch.full((3, 4, 4), v), "plain", "", 0, 0), "path": None} for v in np.full(n, value)]
 
 
 class Nearness:

@@ -12,7 +12,6 @@ import copy
 import math
 import shutil
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Callable
 
@@ -26,10 +25,10 @@ from safetensors.torch import load_file
 from .evaluate import KPI_ORDER
 from .reward import BoigReward, load_boig
 from ..benches.instructions import SPECS, desired
-from ..core import BoigError, atomic_path, closest, derive_seed, made_by, save_png
+from ..core import BoigError, atomic_path, closest, derive_seed
 from ..data.verbalization import Verbalization, parse
 from ..data.world import Context, accounts, expected
-from ..diffusion.pipeline import draw, load_pipeline
+from ..diffusion.pipeline import as_png, draw, load_pipeline
 from ..diffusion.sampler import sample, step_policy, to_ddim
 from ..metrics.fid import FeatureStatistics, distance, frechet_distance
 from ..metrics.verbalization_metrics import bootstrap_means
@@ -223,12 +222,6 @@ class Watch:
         return look(self, pipe, done) if done % self.every == 0 or done == self.last else {}
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #87ee240d
-def _png(image: torch.Tensor, pipe, seed: int, prompt: str, folder: Path) -> bytes: # [3, H, W] in [0, 1]
-    "A generated picture as a file's bytes, with the record of what made it."
-    out = BytesIO()
-    save_png(out, image, made_by(Path(pipe.config.get("_name_or_path") or type(pipe).__name__).name, seed, prompt, trained_in=Path(folder).name))
-    return out.getvalue()
-
 def _one_set(watch: Watch, pipe, name: str) -> pd.DataFrame:
     "A row a picture of one set."
     asked, each = watch.sets[name]
@@ -237,7 +230,7 @@ def _one_set(watch: Watch, pipe, name: str) -> pd.DataFrame:
     out = assess(images, asked, watch.rewards, watch.judges).assign(set=name, image=None)
     out["diversity"] = diversity(watch.features(images), list(asked.prompt)) if watch.features else math.nan
     best = out.groupby("prompt", sort=False).reward.idxmax() if name == "gallery" else []
-    for i in best: out.at[i, "image"] = _png(images[i], pipe, derive_seed(derive_seed(watch.seed, "look", name), "picture", i), out.prompt[i], watch.folder)
+    for i in best: out.at[i, "image"] = as_png(images[i], pipe, out.prompt[i], derive_seed(watch.seed, "look", name), i, trained_in=Path(watch.folder).name)
     return out
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #dbc57f8f

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LICENCES', 'SECTIONS', 'size_of', 'fill', 'markdown', 'table_facts', 'emoji_facts', 'market_facts',
-           'card_path', 'write_card', 'Columns', 'Card', 'plain', 'read_card', 'croissant', 'write_croissant',
-           'check_croissant', 'read_croissant', 'update_cards']
+           'preference_facts', 'card_path', 'write_card', 'Columns', 'Card', 'plain', 'read_card', 'croissant',
+           'write_croissant', 'check_croissant', 'read_croissant', 'update_cards']
 
 # %% ../../nbs/48_benches/55_cards.ipynb #639ddfd8
 import json
@@ -78,11 +78,25 @@ def market_facts(
     return {"brands": str(kinds.count("brand")), "studios": str(kinds.count("contributor")), "drawings": str(len(load_sprites())), "oracle": str(ORACLE_VERSION),
             "first": str(days[0]), "last": str(days[-1]), "size": size_of(len(tweets) + len(assets)), "statistics": f"\n\n{markdown(frame)}\n\n"}
 
-# %% ../../nbs/48_benches/55_cards.ipynb #f0e8961e
-_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "pocket-subjects": lambda _: card_facts(), "boigbench": table_facts, "stock": table_facts}
+# %% ../../nbs/48_benches/55_cards.ipynb #8335b817
+_PREFERENCE = {"choices": "rows", "… without an answer": "unlabelled", "… that were ties": "ties", "people": "users", "… with enough liked pictures": "users_kept", "… to train on": "train_users",
+               "pictures": "pictures", "triples": "triples", "… of training": "train_triples"}
+
+def preference_facts(
+    folder, # of `benches.pickapic.build_histories`
+) -> dict[str, str]:
+    "What histories of choices say about themselves."
+    report = json.loads((Path(folder)/"report.json").read_text(encoding="utf-8"))
+    lines = {name: report[key] for name, key in _PREFERENCE.items()} | {f"questions: {k}": n for k, n in report.items() if k.split()[0] in ("four", "pair")}
+    frame = pd.DataFrame({"number": [f"{n:,}" for n in lines.values()]}, index=list(lines))
+    return {"rows": f"{report['triples']:,}", "size": size_of(report["triples"]), "statistics": f"\n\n{markdown(frame)}\n\n"}
+
+# %% ../../nbs/48_benches/55_cards.ipynb #dae88053
+_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "pocket-subjects": lambda _: card_facts(), "boigbench": table_facts, "stock": table_facts,
+          "pocket-preferences": preference_facts, "pick-a-pic": preference_facts}
 
 def card_path(
-    name: str, # "emojibench", "pocket-ads", "pocket-subjects", "boigbench", "stock", or a card's file
+    name: str, # one of _FACTS, or a card's file
 ) -> Path:
     "Where a card is."
     if str(name).endswith(".md"): return Path(name)
@@ -90,10 +104,10 @@ def card_path(
     return project_root()/"data_cards"/f"{name}.md"
 
 def write_card(
-    name: str, # "emojibench", "pocket-ads", "pocket-subjects", "boigbench" or "stock"
-    data, # its table; for pocket-ads (make_tweets(…), make_stock(…)); for pocket-subjects None: they follow from their rules
+    name: str, # one of _FACTS
+    data, # its table; for pocket-ads (make_tweets(…), make_stock(…)); for pocket-subjects None: they follow from their rules; for preferences the folder of histories
     path=None, # where to; None = over the card in data_cards/
-    source: str = "the user's own pages or table", # of this build, for boigbench and stock
+    source: str = "the user's own pages or table", # of this build, where the card has a place for it
     file: str = "", # the data's name beside this card; "" = as in data_cards/
 ) -> Path:
     "Write a card with its numbers from the data."
@@ -102,7 +116,7 @@ def write_card(
     if file: text = text.replace(f"{name}.parquet", file)
     return write_text(path or card, fill(text, {"source": source} | _FACTS[name](data)))
 
-# %% ../../nbs/48_benches/55_cards.ipynb #d34d3e5f
+# %% ../../nbs/48_benches/55_cards.ipynb #82d0d8e2
 LICENCES = {"cc-by-sa-4.0": "https://creativecommons.org/licenses/by-sa/4.0/", "other": ""} # "other" brings its own link
 SECTIONS = ("How it was made", "Use", "Limits", "Biases", "Who could be harmed", "Personal data", "Licence", "How to rebuild it", "Citation")
 _FRONT = ("pretty_name", "license", "language", "size_categories", "task_categories", "tags", "configs", "version", "date", "homepage")
@@ -124,7 +138,7 @@ class Card:
     sections: dict[str, str] # heading -> text
     columns: tuple[Columns, ...]
 
-# %% ../../nbs/48_benches/55_cards.ipynb #82d0d8e2
+# %% ../../nbs/48_benches/55_cards.ipynb #f9c8ef14
 def plain(text: str) -> str:
     "A card's words without comments and Markdown, in one line."
     text = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", re.sub(r"<!--.*?-->", "", text, flags=re.S))
@@ -156,7 +170,7 @@ def read_card(
     if strange := set(card.front["size_categories"]) - set(SIZES): raise closest(str(strange.pop()), SIZES, "size category")
     return card
 
-# %% ../../nbs/48_benches/55_cards.ipynb #dddbc6bd
+# %% ../../nbs/48_benches/55_cards.ipynb #60a4fda1
 _RAI = {"How it was made": "dataCollection", "Use": "dataUseCases", "Limits": "dataLimitations", "Biases": "dataBiases", "Who could be harmed": "dataSocialImpact",
         "Personal data": "personalSensitiveInformation", "How to rebuild it": "dataReleaseMaintenancePlan"} # Croissant RAI 1.0
 _TYPES = {"string": "sc:Text", "list of string": "sc:Text", "int": "sc:Integer", "float": "sc:Float", "bool": "sc:Boolean", "date": "sc:Date", "timestamp": "sc:DateTime", "image": "sc:ImageObject"}
@@ -167,7 +181,7 @@ _CONTEXT = {"@language": "en", "@vocab": "https://schema.org/", "sc": "https://s
             "conformsTo": "dct:conformsTo", "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, **{k: {"@id": f"cr:{k}", "@type": "@json"} for k in ("data", "examples")},
             **{k: f"cr:{k}" for k in _TERMS}, "cr": "http://mlcommons.org/croissant/"}
 
-# %% ../../nbs/48_benches/55_cards.ipynb #60a4fda1
+# %% ../../nbs/48_benches/55_cards.ipynb #fd7c88c4
 def _field(of: Columns, column: str, kind: str, meaning: str) -> dict | None:
     "A column as a field of Croissant; None for what it has no type for."
     pages = of.file.endswith(".jsonl")
@@ -184,6 +198,8 @@ def _header(path: Path) -> list[str] | None:
     if path.suffix == ".parquet": return pq.read_schema(path).names
     return list(pd.read_csv(path, nrows=0).columns) if path.suffix == ".csv" else None
 
+_KEYS = ("id", "uid", "hexcode", "asset_id", "file") # first columns that name a row; choices and questions have none
+
 def _record_set(of: Columns, path: Path | None) -> dict:
     "The columns of a file, those that are there, as a record set."
     rows, there = of.rows, _header(path) if path else None
@@ -191,10 +207,10 @@ def _record_set(of: Columns, path: Path | None) -> dict:
         if strange := [c for c in there if c not in {n for n, *_ in rows}]: raise BoigError(f"The card doesn't explain the columns {', '.join(strange)} of {path.name}.")
         rows = [r for r in rows if r[0] in there]
     fields = [f for r in rows if (f := _field(of, *r))]
-    key = {} if of.file.endswith(".jsonl") else {"key": {"@id": fields[0]["@id"]}}
+    key = {"key": {"@id": fields[0]["@id"]}} if fields[0]["name"] in _KEYS and not of.file.endswith(".jsonl") else {}
     return {"@type": "cr:RecordSet", "@id": of.records, "name": of.records, "description": of.about, **key, "field": fields}
 
-# %% ../../nbs/48_benches/55_cards.ipynb #fd7c88c4
+# %% ../../nbs/48_benches/55_cards.ipynb #07424774
 def _file(of: Columns, path: Path | None, beside: Path) -> dict:
     "A file as Croissant's FileObject, with its checksum if it is here."
     url = Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix() if path else of.file
@@ -226,7 +242,7 @@ def write_croissant(
     "Write Croissant metadata."
     return write_json(path, check_croissant(croissant(name, data, Path(path).parent)))
 
-# %% ../../nbs/48_benches/55_cards.ipynb #fa52d111
+# %% ../../nbs/48_benches/55_cards.ipynb #f2480244
 _REQUIRED = ("name", "description", "license", "url", "version", "datePublished", "creator", "citeAs", "distribution", "recordSet", *(f"rai:{f}" for f in _RAI.values()))
 
 def check_croissant(value: dict) -> dict: # the same
@@ -251,7 +267,7 @@ def read_croissant(
         return {r.id: list(islice(data.records(r.id), n)) for r in data.metadata.record_sets}
     except Exception as e: raise BoigError(f"{path} cannot be read: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../../nbs/48_benches/55_cards.ipynb #401a000f
+# %% ../../nbs/48_benches/55_cards.ipynb #4b1665f9
 def update_cards():
     "Write the numbers and the Croissant metadata of `data_cards/` anew."
     write_card("emojibench", load_emojibench())

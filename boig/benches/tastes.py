@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from .pickapic import FIELDS, choice_row
-from ..core import BoigError, atomic_path, derive_seed, write_json
+from ..core import BoigError, atomic_path, derive_seed, made_by, save_png, write_json
 from ..data.palette import PALETTE_HEX
 from ..data.world import BACKGROUNDS, GRID, POINTS, STYLES, Scene, arrange, layout, load_sprites, with_article
 from ..pocket.captions import pixels
@@ -77,13 +77,14 @@ class TasteRules:
         if min(self.users, self.prompts, self.rounds) < 1 or self.shared < 0: raise BoigError("users, prompts and rounds must be at least 1, and shared at least 0.")
 
 # %% ../../nbs/48_benches/59_tastes.ipynb #45fba965
-def _png(image: torch.Tensor) -> bytes: # [3, H, W] in [0, 1]
+def _png(image: torch.Tensor, record: dict | None = None) -> bytes: # [3, H, W] in [0, 1]; of a generated picture what made it
     "A picture's file; without loss, for 64 pixels are few."
     buffer = BytesIO()
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    if record: save_png(buffer, image, record)
+    else: Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
-def _board(ask: tuple[int, int], rules: TasteRules, draw, verbalizer) -> tuple[str, list, np.ndarray]: # its caption, (uid, file) of each picture, their parts
+def _board(ask: tuple[int, int], rules: TasteRules, draw, verbalizer, model: str) -> tuple[str, list, np.ndarray]: # its caption, (uid, file) of each picture, their parts
     "Pictures of one caption. `ask` is the user, or the number of a shared caption, and the turn."
     who, prompt = ask
     rng, seed = np.random.default_rng(derive_seed(rules.seed, "session", who, prompt)), derive_seed(rules.seed, "pictures", who, prompt)
@@ -91,7 +92,8 @@ def _board(ask: tuple[int, int], rules: TasteRules, draw, verbalizer) -> tuple[s
     scenes = [candidate(names, rng) for _ in range(rules.rounds + 1)]
     images = pixels(scenes) if draw is None else draw([text] * len(scenes), seed)
     asks = [asked(text)] * len(scenes)
-    return text, [(f"{who:05d}-{prompt:03d}-{k:02d}", _png(x)) for k, x in enumerate(images)], parts(scenes, asks, images) if draw is None else picture_parts(images, asks, verbalizer)
+    files = [_png(x, draw and made_by(model, derive_seed(seed, "picture", k), text)) for k, x in enumerate(images)]
+    return text, [(f"{who:05d}-{prompt:03d}-{k:02d}", f) for k, f in enumerate(files)], parts(scenes, asks, images) if draw is None else picture_parts(images, asks, verbalizer)
 
 def _session(user: int, prompt: int, chooser: Chooser, rules: TasteRules, board: tuple, begun) -> list[dict]:
     "One prompt of a user: choices in the release's format."
@@ -111,13 +113,14 @@ def make_tastes(
     rules: TasteRules = TasteRules(),
     draw=None, # (captions, seed) -> pictures [B, 3, 64, 64] in [0, 1], e.g. pocket-sd's; None = drawn scenes
     verbalizer=None, # what finds objects in drawn pictures; needed with `draw`
+    model: str = "unnamed", # who draws, for the pictures' records
 ) -> pd.DataFrame: # user_id, group: what no model is told
     "Let simulated users choose, and write it down as Pick-a-Pic does."
     if draw and not verbalizer: raise BoigError("Generated pictures need a verbalizer to find their objects, e.g. load_verbalizer('pocket').")
     folder, crowd, start, oracle = Path(folder), rules.crowd(), pd.Timestamp("2023-01-01"), {}
     with atomic_path(folder/"choices.parquet") as tmp, pq.ParquetWriter(tmp, FIELDS) as out:
         for prompt in range(rules.prompts):
-            boards = lru_cache(maxsize=None)(lambda who: _board((who, prompt), rules, draw, verbalizer))
+            boards = lru_cache(maxsize=None)(lambda who: _board((who, prompt), rules, draw, verbalizer, model))
             whose = np.random.default_rng(derive_seed(rules.seed, "whose caption", prompt)).integers(rules.shared, size=rules.users) if rules.shared else range(rules.users)
             for at in range(0, rules.users, 50):  # some users at a time: a bounded part is in memory
                 rows = []

@@ -18,13 +18,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, digest, write_json
-from ..diffusion.pipeline import draw
+from ..diffusion.pipeline import as_png, draw
 from ..diffusion.sampler import PREDICTIONS
 from ..diffusion.tuning import Tuning, TuningConfig, check_positive, load_run, save_run, step
 from ..perception.pixels import Preprocess, check_pictures, to_tensor
@@ -117,8 +116,8 @@ def class_pictures(
     names = [folder/f"{k:04}.png" for k in range(n)]
     for k in range(0, n, 8): # eight at a time: what is there after a stop need not be drawn again
         if all(p.exists() for p in names[k:k + 8]): continue
-        for path, x in zip(names[k:k + 8], draw(pipe, [prompt] * 8, derive_seed(seed, "class", k), **sampling)):
-            with atomic_path(path) as tmp: Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp)
+        for i, (path, x) in enumerate(zip(names[k:k + 8], draw(pipe, [prompt] * 8, derive_seed(seed, "class", k), **sampling))):
+            with atomic_path(path) as tmp: tmp.write_bytes(as_png(x, pipe, prompt, derive_seed(seed, "class", k), i))
     return read_pictures(names, size, 1)
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #2fe3a066
