@@ -69,7 +69,7 @@ def verdict_changes(results, reference) -> pd.DataFrame: # id, claim, verdict, v
 def compare(
     results, # a results folder
     reference, # the one to compare with
-) -> tuple[pd.DataFrame, str]: # `cells`, and one line
+) -> tuple[pd.DataFrame, pd.DataFrame, str]: # `cells`, `verdict_changes`, and both in one line
     "Compare two results folders, number by number and verdict by verdict."
     for folder in (results, reference):
         if not Path(folder).is_dir(): raise BoigError(f"There is no results folder '{folder}'.")
@@ -78,7 +78,7 @@ def compare(
     if not shared: raise BoigError(f"'{results}' and '{reference}' have no table in common.")
     mine, theirs = ({*table_names(f)} - shared for f in (results, reference))
     moved = "; ".join(f"{r.id} {r['verdict reference']} → {r.verdict}" for _, r in changed.head(4).iterrows())
-    return found, " ".join(filter(None, [
+    return found, changed, " ".join(filter(None, [
         f"{int(found.within.sum()):,} of {len(found):,} numbers in {len(shared)} tables agree with {reference} ({TOLERANCE}).",
         f"Not there: {', '.join(sorted(mine))}." if mine else "", f"Not here: {', '.join(sorted(theirs))}." if theirs else "",
         "All verdicts are the same." if changed.empty else f"{len(changed)} verdicts differ: {moved}{' …' if len(changed) > 4 else ''}."]))
@@ -97,8 +97,8 @@ def compare_page(
 ) -> tuple[Path, str]: # the page, and `compare`'s one line
     "Draw both folders' numbers side by side, what differs first."
     from boig.report import environment
-    found, line = compare(results, reference)
+    found, changed, line = compare(results, reference)
     shown = found.sort_values("within", kind="stable")
-    page = environment().get_template("compare.html").render(results=str(results), reference=str(reference), line=line, tolerance=TOLERANCE, changes=verdict_changes(results, reference).to_dict("records"),
+    page = environment().get_template("compare.html").render(results=str(results), reference=str(reference), line=line, tolerance=TOLERANCE, changes=changed.to_dict("records"),
         tables=[(name, part.to_dict("records"), int(part.within.sum())) for name, part in shown.groupby("table", sort=True)])
     return write_text(path or Path(results)/"compare.html", page), line

@@ -403,7 +403,7 @@ def _against(results: Path, scale: str):
     "Say how the numbers compare with the shipped ones of this scale, where there are any."
     from boig.compare import compare, reference_folder, table_names
     reference = reference_folder(scale)
-    if reference and reference != results and {*table_names(results)} & {*table_names(reference)}: print(compare(results, reference)[1], flush=True)
+    if reference and reference != results and {*table_names(results)} & {*table_names(reference)}: print(compare(results, reference)[-1], flush=True)
 
 # %% ../nbs/95_front/95_reproduce.ipynb #19561420
 def _dry(steps: list[Step], results: Path, cluster: bool) -> Path:

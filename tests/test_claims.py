@@ -189,7 +189,7 @@ def two(tmp_path):
 def test_equal_runs_agree(tmp_path):
     a, b, table = two(tmp_path)
     table.assign(seed=2).to_csv(b/"tables"/"t.csv", index=False)
-    found, line = compare(a, b)
+    found, _, line = compare(a, b)
     assert found.within.all() and len(found) == 4 and "4 of 4 numbers in 1 tables" in line and "All verdicts are the same" in line
 
 def test_tolerances_by_hand(tmp_path):
@@ -206,7 +206,7 @@ def test_lost_rows_and_tables_show(tmp_path):
     a, b, table = two(tmp_path)
     table[:1].to_csv(b/"tables"/"t.csv", index=False)
     table.to_csv(b/"tables"/"more.csv", index=False)
-    found, line = compare(a, b)
+    found, _, line = compare(a, b)
     assert found[found.row == "y"].within.tolist() == [False, False] and "Not here: more." in line
     with pytest.raises(BoigError, match="no table in common"): compare(a, tmp_path)
     with pytest.raises(BoigError, match="no results folder"): compare(a, tmp_path/"nowhere")

@@ -1,12 +1,19 @@
 "The preference model: loss by hand, kept history equal to whole sequences, training that can be stopped."
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from boig.benches.pickapic import HistoryRules, build_histories, synthetic
 from boig.core import BoigError
@@ -192,11 +199,15 @@ def test_histories_that_do_not_do(base):
 # --- training
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("histories")
     synthetic(folder/"r.parquet", 500, 6)
     build_histories(folder/"r.parquet", folder/"out", HistoryRules(test_users=0.3), threads=1)
-    return Histories(folder/"out")
+    return folder/"out"
+
+
+@pytest.fixture(scope="module")
+def data(built): return Histories(built)
 
 
 QUICK = TrainConfig(steps=4, batch=2, micro=1, lr=1e-2, pairs=2, save_every=2)
@@ -231,6 +242,36 @@ def test_sharing_accumulating_and_whole_sequences_are_one_training(base, data, t
     logs = [train_preference(m, data, tmp_path/str(i), c, progress=False) for i, (m, c) in enumerate(zip(models, runs))]
     for log in logs[1:]: np.testing.assert_allclose(log.loss, logs[0].loss, rtol=2e-3)
     assert logs[0].loss.iloc[0] != logs[0].loss.iloc[1]
+
+
+def in_two(folder, built):
+    "What each of the two processes does."
+    model = model_of(tiny_idefics(latents=4, layers=1), tokens=2)
+    train_preference(model, Histories(built), folder, PAIR, progress=False)
+
+
+PAIR = replace(QUICK, steps=3, batch=4, lr=1e-3)
+
+
+def test_two_processes_are_one(built, data, tmp_path):
+    "Two processes with gloo on the CPU: the same losses and, but for the order of additions, the same weights."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_preference as t; t.in_two({str(tmp_path/'two')!r}, {str(built)!r})"
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(k), LOCAL_RANK=str(k))) for k in range(2)]
+    model = model_of(tiny_idefics(latents=4, layers=1), tokens=2)
+    start, log = model.tokens.detach().clone(), train_preference(model, data, tmp_path/"one", PAIR, progress=False)
+    assert [p.wait(300) for p in both] == [0, 0]
+    one, two = (load_file(tmp_path/k/"checkpoint.safetensors") for k in ("one", "two"))
+    with safe_open(tmp_path/"two"/"checkpoint.safetensors", "pt") as f: rows = json.loads(f.metadata()["boig"])["log"]
+    for column in ("loss", "base", "gradient"): assert [r[column] for r in rows] == pytest.approx(log[column].tolist(), rel=1e-3)
+    moved = (one["tokens|weight"] - start).abs().mean()
+    assert moved > 1e-3 and (one["tokens|weight"] - two["tokens|weight"]).abs().mean() < 1e-2 * moved
+
+
+def test_steps_that_processes_cannot_share(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda self: 3))
+    with pytest.raises(BoigError, match="2 parts of a step .* by 3 processes"): train_preference(model_of(base), data, tmp_path, QUICK, progress=False)
 
 
 def test_what_is_trained(base):

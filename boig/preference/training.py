@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -161,18 +162,26 @@ def _drawn(data: Histories, c: TrainConfig, targets, rng) -> tuple[list, list, l
         pairs += [(o, *data.train.loc[i, ["liked", "disliked", "caption"]]) for i in rows]
     return histories, *map(list, zip(*pairs))
 
-def _step(model: PreferenceModel, data: Histories, c: TrainConfig, step: int, own: dict, optimizers: list) -> dict[str, float]:
-    "One update; the means of the loss's parts."
+def _together(own: dict, sums: dict, a: Accelerator) -> dict[str, float]:
+    "The gradients and numbers of all processes, added up."
+    for p in own.values():
+        if p.grad is not None: p.grad = a.reduce(p.grad)
+    return dict(zip(sums, a.reduce(torch.tensor(list(sums.values()), device=a.device)).tolist()))
+
+def _step(model: PreferenceModel, data: Histories, c: TrainConfig, step: int, own: dict, optimizers: list, a: Accelerator) -> dict[str, float]:
+    "One update, whose parts the processes share; the means of the loss's parts."
     rng, sums = np.random.default_rng(derive_seed(c.seed, "batch", step)), {}
     targets = rng.integers(len(data.train), size=c.batch)
-    torch.manual_seed(derive_seed(c.seed, "dropout", step))
     for at in range(0, c.batch, c.micro):
-        histories, owner, good, bad, texts = _drawn(data, c, targets[at:at + c.micro], rng)
+        histories, owner, good, bad, texts = _drawn(data, c, targets[at:at + c.micro], rng)  # by every process, so that a part is the same whoever takes it
+        if at // c.micro % a.num_processes != a.process_index: continue
+        torch.manual_seed(derive_seed(c.seed, "dropout", step, at))
         with torch.autocast(model.idefics.device.type, torch.bfloat16, enabled=c.bf16 and bf16_pays()):
             z = pair_logits(model, histories, [data.pictures[u] for u in good], [data.pictures[u] for u in bad], texts, c.share, owner)
         parts = preference_loss(*z, model.words.like, model.words.dislike, c.loss)
         (parts["loss"] * c.micro / c.batch).backward()
         for k, v in parts.items(): sums[k] = sums.get(k, 0.0) + v.item() * c.micro / c.batch
+    if a.num_processes > 1: sums = _together(own, sums, a)
     sums["gradient"] = float(torch.nn.utils.clip_grad_norm_(own.values(), c.clip))
     if not (finite := math.isfinite(sums["gradient"])): warnings.warn(f"Step {step} is left out: its gradient is no finite number. Its pairs: training rows {targets.tolist()}.")
     for optimizer in optimizers:
@@ -221,8 +230,11 @@ def train_preference(
     watch: Callable | None = None, # (model, step) -> {name: number}: more columns of the log, at each save
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log, one row a step
-    "Train one stage, or go on where a stopped run was."
+    "Train one stage, or go on where a stopped run was; under `accelerate launch`, several processes share each step."
     if not len(data.train): raise BoigError("There is no training user in this data; lower test_users and valid_users.")
+    a = Accelerator(cpu=model.idefics.device.type == "cpu")
+    if config.batch // config.micro % a.num_processes: raise BoigError(f"{config.batch // config.micro} parts of a step (batch / micro) can't be shared evenly by {a.num_processes} processes; change batch or micro.")
+    if a.num_processes > 1 and not getattr(model.idefics, "is_quantized", False): model.to(a.device)
     own, path = choose_trained(model, config), Path(folder)/"checkpoint.safetensors"
     optimizers, idefics = _optimizers(own, config), model.idefics
     usual = idefics.config._attn_implementation
@@ -230,14 +242,15 @@ def train_preference(
     plan = json.loads(json.dumps({**asdict(config), "save_every": 0, "model": asdict(model.config), "rows": len(data.train)})) # lists for tuples, as the file has them
     meta = _resume(path, own, optimizers, plan)
     if config.checkpointing: model.idefics.gradient_checkpointing_enable({"use_reentrant": False})
-    for step in tqdm(range(meta["step"], config.steps), initial=meta["step"], total=config.steps, disable=not progress):
+    for step in tqdm(range(meta["step"], config.steps), initial=meta["step"], total=config.steps, disable=not progress or not a.is_main_process):
         model.train()
         started = time.monotonic()
-        row = {"step": step, **_step(model, data, config, step, own, optimizers), "seconds": time.monotonic() - started}
+        row = {"step": step, **_step(model, data, config, step, own, optimizers, a), "seconds": time.monotonic() - started}
         save = (step + 1) % config.save_every == 0 or step + 1 == config.steps
         if save and watch: row |= watch(model.eval(), step)
         meta = {**meta, "step": step + 1, "log": [*meta["log"], row]}
-        if save: _save(path, own, optimizers, meta)
+        if save and a.is_main_process: _save(path, own, optimizers, meta)
+    a.wait_for_everyone()
     if config.plain_attention: idefics.set_attn_implementation(usual)
     model.eval()
     return pd.DataFrame(meta["log"])
