@@ -17,7 +17,8 @@ from boig.benches.instructions import EMOJIBENCH, STOCK, instruction
 from boig.benches.market import seen
 from boig.data.verbalization import parse, problems
 from boig.data.world import render, truth
-from boig.pocket import idefics, llama
+from boig.pocket import idefics, llama, signs
+from boig.pocket.training import recipe
 from boig.pocket.captions import held_out, pixels, sample
 from boig.pocket.clip import normalize
 
@@ -236,12 +237,13 @@ def test_patches_show_what_the_boxes_say():
 
 STAGES = [{"until": 0.5, "talks": [[3, 1, 2]]}, {"until": 1, "talks": [[1, 3, 2], [2, 2, 2]]}]
 SMALL = dict(steps=2, stages=STAGES, vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
-             text=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32))
+             text=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32),
+             signs=recipe("pocket-idefics")["signs"] | dict(steps=2, album=60, episodes=2, pictures=4))
 
 @pytest.fixture(scope="module")
 def tiny_idefics(tmp_path_factory):
     folder = tmp_path_factory.mktemp("idefics")
-    return idefics.train_idefics("pocket-idefics", folder, **SMALL), folder
+    return signs.train_idefics("pocket-idefics", folder, **SMALL), folder
 
 
 def test_idefics_is_saved_and_loaded(tiny_idefics, processor):
@@ -256,7 +258,7 @@ def test_idefics_is_saved_and_loaded(tiny_idefics, processor):
 
 
 def test_idefics_training_is_repeatable(tiny_idefics, tmp_path):
-    again = idefics.train_idefics("pocket-idefics", tmp_path, **SMALL)
+    again = signs.train_idefics("pocket-idefics", tmp_path, **SMALL)
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), tiny_idefics[0].parameters()))
 
 
@@ -276,3 +278,44 @@ def test_accuracy_counts_whole_answers(tiny_idefics, processor):
         logits, labels, *_ = idefics.forward(model, batch)
         first = bool((logits.argmax(-1) == labels)[:-1].all())
         assert first == (processor.tokenizer.decode(labels[:-1]).strip() == idefics.ask(model, processor, pixels([scene]), "which style is it?")[:len(answer)])
+
+
+@pytest.fixture(scope="module")
+def album(tiny_idefics): return signs.Album(tiny_idefics[0], 150, 3)
+
+
+@pytest.mark.parametrize("rule", signs.RULES)
+def test_signs_follow_one_rule(album, rule):
+    rng, ways = np.random.default_rng(0), 0
+    for _ in range(30):
+        places, plus = signs.episode(album, rng, 12, rule)
+        yes, no = ({p for p, s in zip(places, plus) if s == sign} for sign in (True, False))
+        assert len(places) == len(plus) == 12 and not (yes & no and rule != "twin")
+        if rule == "twin": assert len(yes) <= 1 and len(no) <= 1
+        elif rule != "direction":
+            said = [{album.facts[p][signs.FACTS.index(rule)] for p in side} for side in (yes, no)]
+            assert all(len(v) <= 1 for v in said) and not said[0] & said[1]
+        elif yes and no:  # some direction tells them apart: a perceptron finds it
+            z, y, w = album.traits[places], np.where(plus, 1, -1), np.zeros(len(signs.TRAITS))
+            for _ in range(5000):
+                wrong = (z @ w) * y <= 0
+                if not wrong.any(): break
+                w += (z[wrong] * y[wrong, None])[0]
+            assert not wrong.any()
+        ways += yes != no
+    assert ways > 20
+
+
+def test_an_episode_as_text(album, tiny_idefics):
+    p = AutoProcessor.from_pretrained(tiny_idefics[1])
+    words = signs.speakers(p)
+    x, shown = signs.episodes(album, words, np.random.default_rng(1), 4, 5)
+    out, logits, labels, at = signs.read_signs(tiny_idefics[0], album, x, shown, words[0].like, words[0].dislike)
+    assert shown.shape == labels.shape == (20,) and at.sum(1).tolist() == [5] * 4 and set(labels.tolist()) <= {words[0].like, words[0].dislike}
+    assert torch.allclose(logits[7], tiny_idefics[0].lm_head(out.last_hidden_state[1, at[1].nonzero()[2, 0] - 1]), atol=1e-5)  # the third sign of the second episode, from the token before it
+
+
+def test_the_two_signs_differ(tiny_idefics):
+    table = tiny_idefics[0].get_input_embeddings().weight
+    words = signs.speakers(AutoProcessor.from_pretrained(tiny_idefics[1]))[0]
+    assert (table[words.like] - table[words.dislike]).norm() > 0.3 * table.norm(dim=1).mean()

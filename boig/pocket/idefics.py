@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'SPECIAL', 'one_picture', 'draw_pair', 'two_pictures', 'turn', 'pick', 'conversation', 'make_processor',
            'make_idefics', 'patch_labels', 'picture_labels', 'make_heads', 'make_batch', 'forward', 'visual_loss',
-           'learn', 'draw_batches', 'train_idefics', 'question_accuracy', 'ask']
+           'learn', 'draw_batches', 'talk_stage', 'question_accuracy', 'ask']
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #e0a63a36
 from dataclasses import replace
@@ -23,8 +23,8 @@ from ..data.palette import COLOR_NAMES
 from ..data.world import BACKGROUNDS, PLURALS, STYLES, Scene, caption, load_sprites, random_scene, with_article
 from .captions import held_out, pixels, sample
 from .clip import normalize
-from .llama import word_tokenizer
-from .training import fit, recipe, save_model
+from .llama import spread_unseen, word_tokenizer
+from .training import fit
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #a442a5fa
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -213,26 +213,23 @@ def draw_batches(
     talks = next(s["talks"] for s in stages if done < s["until"])
     return [make_batch([conversation(rng, pictures, questions) for _ in range(n)], processor) for n, pictures, questions in talks]
 
-def train_idefics(
-    name: str, # of the recipe
-    folder, # for the checkpoint and, at the end, the model
-    **changes, # of the recipe
-) -> Idefics2ForConditionalGeneration:
-    "Train (or go on training) pocket-idefics and save it in half precision, with its processor."
-    r = recipe(name) | changes
+def talk_stage(
+    r: dict, # the recipe
+    seed: tuple, # its seed and name
+    folder, # of the checkpoint
+) -> tuple: # the model, its processor, the log
+    "The first stage of pocket-idefics: to see and to talk. Words that no conversation holds are spread in the end (see `spread_unseen`)."
     processor = make_processor(r["latents"])
     torch.manual_seed(r["seed"])
     model = make_idefics(processor, r["vision"], r["text"], r["depth"])
     model.set_attn_implementation("eager")  # of short sequences, plain products are faster than fused attention on a CPU
     parts = torch.nn.ModuleDict({"idefics": model, "heads": make_heads(r["vision"]["hidden_size"], r["latents"] * r["text"]["hidden_size"])})
     def batch(i):
-        done, rng = i / r["steps"], np.random.default_rng(derive_seed(r["seed"], name, i))
+        done, rng = i / r["steps"], np.random.default_rng(derive_seed(*seed, i))
         return 1 - done, draw_batches(r["stages"], done, rng, processor)
-    log = fit(parts, batch, learn, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], hold=r["hold"])
-    model.set_attn_implementation("sdpa")
-    save_model(model, folder, log)
-    processor.save_pretrained(folder)
-    return model
+    log = fit(parts, batch, learn, r["steps"], folder, lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], hold=r["hold"])
+    spread_unseen(model, (batch(i)[1] for i in range(0, r["steps"], max(1, r["steps"] // 200))), r["seed"])
+    return model, processor, log
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #1a7d22cf
 @torch.no_grad()
