@@ -28,6 +28,7 @@ from boig.pocket.embeddings import load_embedding, style_quality, subject_qualit
 from boig.pocket.idefics import question_accuracy
 from boig.pocket.llama import verbalization_quality
 from boig.pocket.quality import background_right, objects_shown, plain, right_caption
+from boig.pocket.signs import RULES, Album, sign_accuracy
 from boig.pocket.vae import patch_pca, psnr
 from boig.rewards.base import load_reward
 from boig.zoo import entries, resolve, sha256_tree
@@ -106,10 +107,11 @@ def embeddings():
 
 
 def idefics(n=100):
-    "Simple questions about held-out pictures and pairs, answered exactly; chance is the commonest answer."
+    "Simple questions about held-out pictures and pairs, answered exactly; chance is the commonest answer. Signs after 8 to 15 examples of a hidden rule; chance is one half."
     folder = resolve("pocket-idefics")
-    table = question_accuracy(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder), n)
-    return {"n": n} | table.to_dict("index")
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
+    table, album = question_accuracy(model, processor, n), Album(model, 1000, 1, "bench zoo", unseen=True)
+    return {"n": n} | table.to_dict("index") | {"signs": {rule: float(sign_accuracy(model, processor, rule, album, count=2 * n)[8:].mean()) for rule in RULES}}
 
 
 def llama(n=200):
