@@ -10,7 +10,6 @@ __all__ = ['NUMBERS', 'SPECIAL', 'one_picture', 'draw_pair', 'two_pictures', 'tu
 # %% ../../nbs/20_zoo/28_idefics.ipynb #e0a63a36
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
