@@ -162,6 +162,7 @@ def _drawn(data: Histories, c: TrainConfig, targets, rng) -> tuple[list, list, l
         pairs += [(o, *data.train.loc[i, ["liked", "disliked", "caption"]]) for i in rows]
     return histories, *map(list, zip(*pairs))
 
+# %% ../../nbs/70_preference/72_training.ipynb #c0ffee72
 def _together(own: dict, sums: dict, a: Accelerator) -> dict[str, float]:
     "The gradients and numbers of all processes, added up."
     for p in own.values():
