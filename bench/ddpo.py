@@ -145,7 +145,7 @@ def same_loss(trainer, run, drawn, paths) -> dict:
 
 def bench_trl(a) -> dict:
     "Losses, one identical update, and an epoch, with LoRA and of the whole denoiser."
-    found = {"settings": {"pictures": a.pictures, "batch": a.batch, "steps": a.steps, "guidance": 5.0, "threads": torch.get_num_threads(), "repeats": a.repeats}}
+    found = {"settings": {"pictures": a.pictures, "batch": a.batch, "steps": a.steps, "guidance": 5.0, "micro_steps": a.micro_steps, "threads": torch.get_num_threads(), "repeats": a.repeats}}
     for lora in (True, False):
         with tempfile.TemporaryDirectory() as folder:
             pipeline = Path(folder)/"tiny"

@@ -58,13 +58,13 @@ def killed(folder: Path, after: float) -> tuple[bool, float]: # was it killed; s
 
 def main(kills: int = 30, seed: int = 0):
     rng, place, log, folders = random.Random(seed), Path(tempfile.mkdtemp()), [], []
-    _, straight = killed(place/"straight", 1e9)
+    _, straight = killed(place/"straight", None)
     expected = tables(place/"straight")
     longest = max(20.0, straight / 6)
     while sum(l["killed"] for l in log) < kills or not log[-1]["finished"]:
         more = sum(l["killed"] for l in log) < kills
         if not log or log[-1]["finished"]: folders.append(place/f"killed{len(folders)}")
-        was, took = killed(folders[-1], rng.uniform(1, longest) if more else 1e9)
+        was, took = killed(folders[-1], rng.uniform(1, longest) if more else None)
         done = len(list((folders[-1]/".done").glob("*.json"))) if folders[-1].exists() else 0
         log.append(dict(folder=len(folders), killed=was, finished=not was, seconds=round(took, 1), stages_done=done, broken=broken(folders[-1], expected) if folders[-1].exists() else []))
         print(log[-1], flush=True)
