@@ -60,7 +60,7 @@ class Album:
         parts, tokens = [scenes[i:i + 100] for i in range(0, n, 100)], []
         with torch.no_grad():
             for part in parts: tokens += idefics.model.get_image_features(normalize(pixels(part))[:, None]).pooler_output
-        self.tokens = torch.cat([t[None] if t.ndim == 2 else t for t in tokens]).float() # [n, latents, D]
+        self.tokens = torch.stack(tokens).float() # [n, latents, D]
         self.facts, raw = [facts(s) for s in scenes], np.concatenate([traits(p) for p in parts])
         self.traits = (raw - raw.mean(0)) / raw.std(0)
         self.values = [sorted({f[k] for f in self.facts}) for k in range(len(FACTS))]
@@ -88,7 +88,9 @@ def episode(
         w = w if w.any() else np.eye(len(TRAITS))[rng.integers(len(TRAITS))] * rng.choice([-1, 1])
         z = album.traits @ w / np.linalg.norm(w)
         sides = [np.flatnonzero(z < -BORDER), np.flatnonzero(z > BORDER)]
-    else: sides = [v for v in (album.with_value[FACTS.index(rule)][j] for j in rng.permutation(len(album.values[FACTS.index(rule)]))) if len(v)][:2]
+    else:
+        sides = album.with_value[FACTS.index(rule)]
+        sides = [sides[j] for j in rng.permutation(len(sides))[:2]]
     return [int(rng.choice(sides[int(s)])) for s in signs], signs
 
 # %% ../../nbs/20_zoo/28_signs.ipynb #21092638
