@@ -3,7 +3,7 @@
 trl   TRL 0.23.1's DDPOTrainer and ours on one tiny pipeline, in turns, CPU time of the process. TRL is no dependency of boig: put it into a folder of its own with
       `pip install --no-deps trl==0.23.1 -t FOLDER` and pass --trl FOLDER.
 fast  The standard and the fast recipe on pocket-sd: CPU time to the reward that the standard one has after --epochs epochs, and what became of the pictures.
-      Stopped, it goes on from --folder.
+      The fast one may train on shorter paths (--fast-path); both are watched and judged on paths of --path steps. Stopped, it goes on from --folder.
 """
 import argparse
 import io
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from datetime import date
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -211,8 +212,17 @@ def pictures(pipe, prompts, c: DDPOConfig):
     return sample(pipe, prompts, [derive_seed(0, "validation", k) for k in range(len(prompts))], c.steps, c.guidance, 0.0, batch_size=64).images
 
 
+def oracle_log_kpi(drawn) -> float:
+    "What the simulated market would make of the pictures: log of the likes it expects, by turns as if each brand had published them on the same day."
+    from boig.data.world import Context, accounts, expected
+    from boig.perception.verbalizer import load_verbalizer
+    brands = [handle for handle, a in accounts().items() if a["kind"] == "brand"]
+    seen = load_verbalizer("pocket")(drawn)
+    return float(np.mean([np.log(expected(v, Context(brands[k % len(brands)], date(2020, 6, 1)))) for k, v in enumerate(seen)]))
+
+
 def quality(pipe, prompts, real, c: DDPOConfig) -> dict:
-    "Distance to real pictures, and the judge's opinion."
+    "Distance to real pictures, the judge's opinion, the oracle's."
     from boig.metrics.fid import distance, load_features, statistics
     from boig.rewards.base import load_reward
     drawn, features = pictures(pipe, prompts, c), load_features("pocket-eval", device="cpu")
@@ -221,7 +231,7 @@ def quality(pipe, prompts, real, c: DDPOConfig) -> dict:
         apart = distance(statistics(features, drawn), real(features))
     judge = load_reward("pocket-eval", device="cpu")
     scores = torch.cat([judge(drawn[k:k + 64], prompts[k:k + 64]) for k in range(0, len(prompts), 64)])
-    return {apart.name: apart.value, "pocket-eval score": float(scores.mean()), "jpeg": float(Compressible()(drawn, prompts).mean()), "n": len(prompts)}
+    return {apart.name: apart.value, "pocket-eval score": float(scores.mean()), "oracle log KPI": oracle_log_kpi(drawn), "jpeg": float(Compressible()(drawn, prompts).mean()), "n": len(prompts)}
 
 
 def bench_fast(a) -> dict:
@@ -234,12 +244,13 @@ def bench_fast(a) -> dict:
     common = dict(samples=a.samples, batch_size=a.samples // 2, micro_batch=32, steps=a.path, guidance=4.0, lora_rank=a.rank, lr=a.lr, tracker="")
     watched, reward, rows = others[:a.watched], Compressible(), []
     for seed in range(a.seeds):
-        recipes = {"standard": DDPOConfig(epochs=a.epochs, seed=seed, **common), "fast": DDPOConfig.fast(epochs=a.fast_epochs, seed=seed, **common | {"window": a.window, "reach": a.reach})}
+        recipes = {"standard": DDPOConfig(epochs=a.epochs, seed=seed, **common), "fast": DDPOConfig.fast(epochs=a.fast_epochs, seed=seed, **common | {"steps": a.fast_path or a.path, "window": a.window, "reach": a.reach})}
+        asked = recipes["standard"]
         target, row = None, {"seed": seed}
         for name, config in recipes.items():
             folder = Path(a.folder)/f"{name}-{seed}"
             pipe = load_pipeline("pocket-sd", "cpu")
-            log = train_ddpo(pipe, prompts, reward, folder, config, watch=Watch(folder, reward, watched, config, target))
+            log = train_ddpo(pipe, prompts, reward, folder, config, watch=Watch(folder, reward, watched, asked, target))
             cpu, value = log.cpu.cumsum(), log.value
             if target is None: target, row["standard_cpu_s"] = value.iloc[-1], float(cpu.iloc[-1])
             row[f"{name}_values"] = [round(v, 4) for v in value]
@@ -248,8 +259,8 @@ def bench_fast(a) -> dict:
             if name == "fast" and len(reached): row |= {"fast_cpu_s": float(cpu.iloc[reached[0]]), "share": float(cpu.iloc[reached[0]] / row["standard_cpu_s"]), "epochs": int(reached[0]) + 1}
             if name == "standard" or len(reached):
                 if name == "fast": pipe.unet.load_state_dict(load_file(folder/"reached.safetensors"), strict=False)
-                row[f"quality_{name}"] = quality(pipe, others, real, config)
-        row["quality_base"] = quality(load_pipeline("pocket-sd", "cpu"), others, real, recipes["standard"])
+                row[f"quality_{name}"] = quality(pipe, others, real, asked)
+        row["quality_base"] = quality(load_pipeline("pocket-sd", "cpu"), others, real, asked)
         print(json.dumps(row), flush=True)
         rows.append(row)
     shares = [r["share"] for r in rows if "share" in r]
@@ -267,6 +278,7 @@ def main():
     add("--micro-steps", type=int, default=1, help="trl: steps of a path in one pass of ours; TRL takes one"); add("--repeats", type=int, default=7, help="trl: measurements of each")
     add("--folder", default="", help="fast: of the runs; needed to go on after a stop"); add("--seeds", type=int, default=3); add("--epochs", type=int, default=20, help="of the standard recipe")
     add("--fast-epochs", type=int, default=40, help="at most, of the fast one"); add("--samples", type=int, default=64, help="pictures of an epoch"); add("--path", type=int, default=20, help="steps of a path")
+    add("--fast-path", type=int, default=0, help="of the fast recipe's training; 0: --path")
     add("--window", type=int, default=2); add("--reach", type=float, default=1.0); add("--lr", type=float, default=3e-4); add("--rank", type=int, default=8)
     add("--validation", type=int, default=512, help="pictures for the distance"); add("--watched", type=int, default=64, help="of them, asked after each epoch")
     a = parser.parse_args()
