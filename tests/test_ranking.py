@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 import torch
 
+from boig.behaviour.evaluate import shuffled_kpis
 from boig.behaviour.finetune import load_llm
-from boig.behaviour.ranking import llm_scores, look_features, rank_overall, rank_within, ranking_table, ridge_scores, score_rows, word_features
+from boig.behaviour.ranking import behaviour_worth, llm_scores, look_features, rank_overall, rank_within, ranking_table, ridge_scores, score_rows, word_features
+from boig.behaviour.reward import score_plainly
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, listing1
 from boig.core import BoigError
@@ -122,3 +124,18 @@ def test_table_has_two_rows_a_score(llm, bench):
     assert len(set(scores["tokens of the verbalisation"])) > 1 and parse(bench.verbalization[0]).value
     table = ranking_table(scores, rows, "uses", "group", 20)
     assert len(table) == 2 * (len(scores) + 1) and set(table.Compared) == {"within account", "overall"} and {"with objects", "with tokens"} <= set(table)
+
+
+def test_worth_of_behaviour_by_hand(llm, bench):
+    "Differences of plain log-probabilities; a KPI that is every picture's own cannot be worth anything."
+    rows = bench.head(4)
+    def logp(row, behaviour, said):
+        question, answer = listing1(EMOJIBENCH.told(behaviour), row), rows.verbalization[said]
+        return score_plainly(*llm, question, [answer])[0].sum().item()
+    found = behaviour_worth(llm, llm, rows, EMOJIBENCH, seed=3)
+    other = shuffled_kpis(rows, EMOJIBENCH.behaviour_columns, 3)
+    for i in range(4):
+        told = logp(rows.iloc[i], True, i)
+        assert np.allclose(found.iloc[i], [told - logp(other.iloc[i], True, i), told - logp(rows.iloc[i], False, i)], atol=2e-3)
+    same = rows.assign(**{k: rows[k].iloc[0] for k in EMOJIBENCH.behaviour_columns})
+    assert np.allclose(behaviour_worth(llm, llm, same, EMOJIBENCH).iloc[:, 0], 0, atol=1e-4)
