@@ -244,6 +244,10 @@ def bench_fast(a) -> dict:
     common = dict(samples=a.samples, batch_size=a.samples // 2, micro_batch=32, steps=a.path, guidance=4.0, lora_rank=a.rank, lr=a.lr, tracker="")
     watched, reward, rows = others[:a.watched], Compressible(), []
     for seed in range(a.seeds):
+        kept = Path(a.folder)/f"found-{seed}.json"
+        if kept.exists():
+            rows.append(json.loads(kept.read_text()))
+            continue
         recipes = {"standard": DDPOConfig(epochs=a.epochs, seed=seed, **common), "fast": DDPOConfig.fast(epochs=a.fast_epochs, seed=seed, **common | {"steps": a.fast_path or a.path, "window": a.window, "reach": a.reach})}
         asked = recipes["standard"]
         target, row = None, {"seed": seed}
@@ -262,7 +266,7 @@ def bench_fast(a) -> dict:
                 row[f"quality_{name}"] = quality(pipe, others, real, asked)
         row["quality_base"] = quality(load_pipeline("pocket-sd", "cpu"), others, real, asked)
         print(json.dumps(row), flush=True)
-        rows.append(row)
+        rows.append(write_json(kept, row) or row)
     shares = [r["share"] for r in rows if "share" in r]
     return {"settings": {k: v for k, v in vars(a).items() if k not in ("sections", "folder", "trl", "out")}, "reward": reward.name, "model": "pocket-sd", "runs": rows,
             "reached": f"{len(shares)} of {len(rows)}", "mean_share_of_the_time": float(np.mean(shares)) if len(shares) == len(rows) else None}

@@ -12,7 +12,6 @@ from boig.core import BoigError
 from boig.scales import scale_names
 from boig.stages import load_stages
 
-SHIPPED = Path(__file__).parents[1]/"results"/"reference"
 GAINS = pd.DataFrame([("up", 0.3, 0.1, 0.5), ("down", -0.3, -0.5, -0.1), ("open", 0.1, -0.1, 0.3), ("flat", 0.01, -0.02, 0.04)], columns=["Metric", "gain", "low", "high"]).assign(n=100, seed=1)
 
 
