@@ -266,7 +266,8 @@ def bench_fast(a) -> dict:
                 row[f"quality_{name}"] = quality(pipe, others, real, asked)
         row["quality_base"] = quality(load_pipeline("pocket-sd", "cpu"), others, real, asked)
         print(json.dumps(row), flush=True)
-        rows.append(write_json(kept, row) or row)
+        write_json(kept, row)
+        rows.append(row)
     shares = [r["share"] for r in rows if "share" in r]
     return {"settings": {k: v for k, v in vars(a).items() if k not in ("sections", "folder", "trl", "out")}, "reward": reward.name, "model": "pocket-sd", "runs": rows,
             "reached": f"{len(shares)} of {len(rows)}", "mean_share_of_the_time": float(np.mean(shares)) if len(shares) == len(rows) else None}
