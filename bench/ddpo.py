@@ -212,35 +212,47 @@ def pictures(pipe, prompts, c: DDPOConfig):
     return sample(pipe, prompts, [derive_seed(0, "validation", k) for k in range(len(prompts))], c.steps, c.guidance, 0.0, batch_size=64).images
 
 
-def oracle_log_kpi(drawn) -> float:
+def oracle_log_kpis(drawn) -> list[float]:
     "What the simulated market would make of the pictures: log of the likes it expects, by turns as if each brand had published them on the same day."
     from boig.data.world import Context, accounts, expected
     from boig.perception.verbalizer import load_verbalizer
     brands = [handle for handle, a in accounts().items() if a["kind"] == "brand"]
-    seen = load_verbalizer("pocket")(drawn)
-    return float(np.mean([np.log(expected(v, Context(brands[k % len(brands)], date(2020, 6, 1)))) for k, v in enumerate(seen)]))
+    return [float(np.log(expected(v, Context(brands[k % len(brands)], date(2020, 6, 1))))) for k, v in enumerate(load_verbalizer("pocket")(drawn))]
 
 
-def quality(pipe, prompts, real, c: DDPOConfig) -> dict:
-    "Distance to real pictures, the judge's opinion, the oracle's."
-    from boig.metrics.fid import distance, load_features, statistics
+FD = "pocket-eval-FD"
+
+def look(pipe, prompts, real, c: DDPOConfig) -> dict: # name -> a number a picture; FD: of all, then with each tenth left out
+    "Distance to real pictures of the same prompts, the judge's opinion, the oracle's."
+    from boig.behaviour.boigsd import fid_folds
+    from boig.metrics.fid import load_features
     from boig.rewards.base import load_reward
-    drawn, features = pictures(pipe, prompts, c), load_features("pocket-eval", device="cpu")
+    drawn, features, judge = pictures(pipe, prompts, c), load_features("pocket-eval", device="cpu"), load_reward("pocket-eval", device="cpu")
+    def in_parts(call, *parts): return torch.cat([call(*part) for part in zip(*parts)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # n is stated
-        apart = distance(statistics(features, drawn), real(features))
-    judge = load_reward("pocket-eval", device="cpu")
-    scores = torch.cat([judge(drawn[k:k + 64], prompts[k:k + 64]) for k in range(0, len(prompts), 64)])
-    return {apart.name: apart.value, "pocket-eval score": float(scores.mean()), "oracle log KPI": oracle_log_kpi(drawn), "jpeg": float(Compressible()(drawn, prompts).mean()), "n": len(prompts)}
+        apart = fid_folds(in_parts(features, drawn.split(64)), in_parts(features, real.split(64)), features.name).tolist()
+    scores = in_parts(judge, drawn.split(64), [prompts[k:k + 64] for k in range(0, len(prompts), 64)])
+    return {FD: apart, "pocket-eval score": scores.tolist(), "oracle log KPI": oracle_log_kpis(drawn), "jpeg": Compressible()(drawn, prompts).tolist()}
+
+
+def quality(seen: dict) -> dict: return {k: v[0] if k == FD else float(np.mean(v)) for k, v in seen.items()} | {"n": len(seen["jpeg"])}
+
+
+def differences(pairs: list[tuple[dict, dict]]) -> dict: # name -> mean and ends of its 95 % interval
+    "What the first of each pair has more than the second, picture by picture, mean over the pairs; the intervals are over pictures, not over trainings."
+    from boig.behaviour.boigsd import jackknife
+    from boig.metrics.verbalization_metrics import bootstrap_means
+    if not pairs: return {}
+    more = {k: np.mean([np.subtract(a[k], b[k]) for a, b in pairs], 0) for k in pairs[0][0]}
+    return {k: [round(float(x), 4) for x in (jackknife(v) if k == FD else bootstrap_means(v[:, None], 2000, 0)[:3, 0])] for k, v in more.items()}
 
 
 def bench_fast(a) -> dict:
     "Both recipes from each seed; how much CPU time until the standard one's last value, and the pictures then."
-    from functools import cache
-    from boig.metrics.fid import statistics
     from boig.pocket.captions import pixels, samples, tidy
     prompts, (scenes, others) = samples(16, 0, "bench ddpo")[1], samples(a.validation, 1, "bench ddpo validation", unseen=True)
-    real = cache(lambda features: statistics(features, pixels(map(tidy, scenes))))
+    real = pixels(map(tidy, scenes))
     common = dict(samples=a.samples, batch_size=a.samples // 2, micro_batch=32, steps=a.path, guidance=4.0, lora_rank=a.rank, lr=a.lr, tracker="")
     watched, reward, rows = others[:a.watched], Compressible(), []
     for seed in range(a.seeds):
@@ -263,13 +275,15 @@ def bench_fast(a) -> dict:
             if name == "fast" and len(reached): row |= {"fast_cpu_s": float(cpu.iloc[reached[0]]), "share": float(cpu.iloc[reached[0]] / row["standard_cpu_s"]), "epochs": int(reached[0]) + 1}
             if name == "standard" or len(reached):
                 if name == "fast": pipe.unet.load_state_dict(load_file(folder/"reached.safetensors"), strict=False)
-                row[f"quality_{name}"] = quality(pipe, others, real, asked)
-        row["quality_base"] = quality(load_pipeline("pocket-sd", "cpu"), others, real, asked)
-        print(json.dumps(row), flush=True)
+                row.setdefault("looks", {})[name] = look(pipe, others, real, asked)
         write_json(kept, row)
         rows.append(row)
+    base = look(load_pipeline("pocket-sd", "cpu"), others, real, DDPOConfig(**common))
+    looks = [r.pop("looks") | {"base": base} for r in rows]
+    for row, seen in zip(rows, looks): row |= {f"quality_{name}": quality(s) for name, s in seen.items()}
     shares = [r["share"] for r in rows if "share" in r]
-    return {"settings": {k: v for k, v in vars(a).items() if k not in ("sections", "folder", "trl", "out")}, "reward": reward.name, "model": "pocket-sd", "runs": rows,
+    against = {f"{a} − {b}": differences([(s[a], s[b]) for s in looks if a in s]) for a, b in (("fast", "standard"), ("standard", "base"), ("fast", "base"))}
+    return {"settings": {k: v for k, v in vars(a).items() if k not in ("sections", "folder", "trl", "out")}, "reward": reward.name, "model": "pocket-sd", "runs": rows, **against,
             "reached": f"{len(shares)} of {len(rows)}", "mean_share_of_the_time": float(np.mean(shares)) if len(shares) == len(rows) else None}
 
 

@@ -109,7 +109,7 @@ def test_scores_are_the_rewards_of_the_texts(llm, bench):
     "The sum of probabilities that a plain forward pass gives; the twin is asked without behaviour."
     model, tok = llm
     rows = bench.head(3)
-    found = score_rows(model, tok, rows, EMOJIBENCH, None)
+    found = score_rows(model, tok, rows, EMOJIBENCH.told(False))
     question = [tok.bos_token_id] + tok(listing1(EMOJIBENCH.told(False), rows.iloc[1]), add_special_tokens=False).input_ids
     answer = tok(rows.verbalization[1], add_special_tokens=False).input_ids
     with torch.no_grad(): p = model.eval()(torch.tensor([question + answer])).logits[0].softmax(-1)

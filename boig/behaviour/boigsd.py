@@ -163,13 +163,14 @@ def load_rewards(
     folders: dict, # benchmark -> folder of its BoigLLM; several may be the same
     verbalizer, # as of `load_boig`
     device: str = "auto",
+    behaviour: bool = True, # False: the folders hold the twin, which is told none
 ) -> dict[str, BoigReward]: # by benchmark
     "BoigLLM as the reward of each benchmark."
     loaded, rewards = {}, {}
     for bench, folder in folders.items():
         if (place := Path(folder).resolve()) not in loaded: loaded[place] = load_boig(str(folder), "boig", device, bench, verbalizer)
         rewards[bench] = copy.copy(loaded[place])
-        rewards[bench].spec = SPECS[bench]
+        rewards[bench].spec = SPECS[bench].told(behaviour)
     return rewards
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #a162a552

@@ -74,12 +74,12 @@ def rank_overall(
 def score_rows(
     model, tokenizer,
     rows: pd.DataFrame, # of a benchmark: content fields, verbalization
-    spec: DataSpec,
-    behaviour: dict | None, # the wish; None = the twin, which is told no behaviour
+    spec: DataSpec, # `told(False)` for the twin
+    behaviour: dict | None = None, # the wish; None = what each row's picture really got
     texts: list[str] | None = None, # scored instead of the rows' own verbalisations
 ) -> pd.DataFrame: # a column for each of reward.FORMS, and tokens
     "BoigLLM's reward (BOIG §3.2) of what perception saw in each picture."
-    asked = [instruction(spec.told(behaviour is not None), r, 1, behaviour) for _, r in rows.iterrows()]
+    asked = [instruction(spec, r, 1, behaviour) if behaviour else listing1(spec, r) for _, r in rows.iterrows()]
     logp = score_many(model, tokenizer, asked, list(rows.verbalization) if texts is None else texts)
     return pd.DataFrame([{form: to_score(l, form).item() for form in FORMS} | {"tokens": len(l)} for l in logp])
 
@@ -98,7 +98,7 @@ def llm_scores(
                   "BoigLLM, high − low": high.sum_logprob - low.sum_logprob}
         blind = [score_rows(*told, rows, spec, desired(table, spec, b), [constant] * len(rows)) for b in ("high", "low")]
         found |= {"BoigLLM without a picture, sum": blind[0].sum_prob, "BoigLLM without a picture, high − low": blind[0].sum_logprob - blind[1].sum_logprob, "tokens of the verbalisation": high.tokens}
-    if plain: found |= {"its twin, sum": (p := score_rows(*plain, rows, spec, None)).sum_prob, "its twin, mean per token": p.mean_prob}
+    if plain: found |= {"its twin, sum": (p := score_rows(*plain, rows, spec.told(False))).sum_prob, "its twin, mean per token": p.mean_prob}
     return {k: v.to_numpy(float) for k, v in found.items()}
 
 # %% ../../nbs/60_behaviour/65_ranking.ipynb #f7419823
@@ -109,9 +109,9 @@ def behaviour_worth(
     seed: int = 42, # of the shuffle
 ) -> pd.DataFrame: # a row a picture, nats: over another picture's KPIs, over the twin
     "How much likelier BoigLLM finds each picture's own verbalisation for being told how the picture did."
-    def logp(llm, table, behaviour): return np.array([l.sum().item() for l in score_many(*llm, [listing1(spec.told(behaviour), r) for _, r in table.iterrows()], list(rows.verbalization))])
-    true = logp(told, rows, True)
-    return pd.DataFrame({"over another picture's KPIs": true - logp(told, shuffled_kpis(rows, spec.behaviour_columns, seed), True), "over its twin": true - logp(plain, rows, False)})
+    true, other, none = (score_rows(*llm, table, s).sum_logprob for llm, table, s in (
+        (told, rows, spec), (told, shuffled_kpis(rows, spec.behaviour_columns, seed), spec), (plain, rows, spec.told(False))))
+    return pd.DataFrame({"over another picture's KPIs": true - other, "over its twin": true - none})
 
 def nats_to_have(
     words: float, looks: float, # rank correlations with the outcome: of the words, of the verbalisation
