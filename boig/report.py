@@ -8,7 +8,6 @@ __all__ = ['verbalization_svg', 'records', 'sources', 'table_rows', 'findings', 
 
 # %% ../nbs/95_front/96_report.ipynb #65cbcd75
 import base64
-import json
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +21,8 @@ from .core import BoigError, sha256_file, write_text
 from .data.palette import PALETTE_HEX
 from .data.verbalization import Verbalization, parse
 from .metrics.verbalization_metrics import METRICS
-from .stages import load_stages, marker
+from .results import _read
+from .stages import load_stages, marker, results_folder
 
 # %% ../nbs/95_front/96_report.ipynb #448821a2
 _TONE_HEX = {"warm": "#d9762b", "neutral": "#9a9a9a", "cool": "#3b7dd8"}
@@ -47,20 +47,22 @@ def verbalization_svg(
             f'{_bands(v.tones, _TONE_HEX, 0, side + 2, side, 4)}</svg>')
 
 # %% ../nbs/95_front/96_report.ipynb #b8c39bdf
-def _csv(path: Path) -> pd.DataFrame | None:
-    return pd.read_csv(path) if path.exists() else None
+def _csv(path: Path) -> pd.DataFrame | None: # None if it isn't there
+    "A table; BoigError if the file holds none."
+    try: return pd.read_csv(path) if path.exists() else None
+    except ValueError: raise BoigError(f"'{path}' holds no table. If a stage makes it, `boig reproduce` makes it again; else remove it.") from None # pandas' errors are ValueErrors
 
 def records(
     results: Path,
     stages: dict | None = None, # of `load_stages`
 ) -> list[dict]: # in the order of the stage table
-    "What ran: each stage's record, with `current` False where a newer run did not finish."
+    "What ran: each stage's record ({} = none, or `broken`), with `current` False where a newer run did not finish."
     out = []
     for name, stage in (stages or load_stages()).items():
         file = results/"provenance"/f"{name}.json"
         if stage.scales and not file.exists(): continue  # belongs to another scale
-        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        out.append(dict(name=name, title=stage.title, record=record, current=marker(results, name).exists(),
+        record = _read(file)
+        out.append(dict(name=name, title=stage.title, record=record, broken=file.exists() and not record, current=marker(results, name).exists(),
                         notebook=f"notebooks/{name}.ipynb" if (results/"notebooks"/f"{name}.ipynb").exists() else None))
     return out
 
@@ -211,9 +213,11 @@ def environment():
 def write_report(
     results, # a results folder
 ) -> Path: # of its index.html
-    "Judge the claims and draw `index.html` from what is in a results folder; BoigError if there is no such folder."
+    "Judge the claims and draw `index.html` from what is in a results folder; BoigError if it is none, or a table cannot be read."
     results, stages = Path(results), load_stages()
-    if not results.is_dir(): raise BoigError(f"No results in '{results}'. Run `boig reproduce` first.")
+    ours = (place := results/"index.html").is_file() and "<title>boig · results" in place.read_text(encoding="utf-8", errors="replace")
+    if not results.is_dir() or place.exists() and not ours: results_folder(results) # somebody else's page is not replaced
+    for path in sorted((results/"tables").glob("*.csv")): _csv(path) # before any of them is judged
     ran = records(results, stages)
     last = max((s["record"] for s in ran if s["record"]), key=lambda r: r["provenance"]["time"], default=None)
     page = environment().get_template("report.html").render(
@@ -221,7 +225,7 @@ def write_report(
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
         tables=[table1_block(results, e) for e in dict.fromkeys(ENDINGS[s.params["bench"]] for s in stages.values() if "bench" in s.params)],
         data=[data_block(results, *d) for d in _DATA], blocks=stage_blocks(results, stages), others=_others(results, stages), gallery=gallery(results))
-    return write_text(results/"index.html", page)
+    return write_text(place, page)
 
 def _others(results: Path, stages: dict) -> list[dict]:
     "The tables that no other part of the page shows."

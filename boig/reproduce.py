@@ -227,9 +227,10 @@ def _tell(results: Path, name: str, event: str, text: str = ""):
 
 def _append(path: Path, record: dict):
     "One line more; locked, as over NFS the ends that two machines see may differ."
-    with open(path, "ab", buffering=0) as f:
+    with open(path, "a+b", buffering=0) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        f.write((json.dumps(record) + "\n").encode())
+        torn = (size := f.seek(0, os.SEEK_END)) and os.pread(f.fileno(), 1, size - 1) != b"\n" # a full disk or a power cut took the last line's end
+        f.write((("\n" if torn else "") + json.dumps(record) + "\n").encode())
 
 # %% ../nbs/95_front/95_reproduce.ipynb #96c04eb2
 def needs(step: Step) -> dict: # of its Snakemake rule: threads, resources (MB, minutes)

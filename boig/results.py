@@ -19,18 +19,28 @@ from .core import BoigError, project_root, provenance, sha256_file
 from .estimate import seconds
 from .reproduce import asked_for, only_run
 from .scales import scale_names
-from .stages import Step, load_stages, make_plan
+from .stages import Step, load_stages, make_plan, results_folder
 
 # %% ../nbs/95_front/99_results.ipynb #cc860c81
+def _object(text: str) -> dict:
+    "A JSON object; {} if it is broken."
+    try: found = json.loads(text)
+    except ValueError: return {}
+    return found if isinstance(found, dict) else {}
+
 def _read(path: Path) -> dict:
     "A JSON file; {} if it isn't there or is broken."
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try: return _object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
+
+def _lines(path: Path) -> list[dict]: # {} for a line that is broken, as after a full disk or a power cut
+    "A file of one JSON object a line; [] if it isn't there."
+    return [_object(l) for l in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.is_file() else []
 
 def planned(results: Path, notebooks=None, table=None, package=None) -> list[Step]:
     "The stages of a results folder as it was last asked for, with the reason to run each; nothing is run or written."
-    if not results.is_dir(): raise BoigError(f"No results in '{results}' yet. Run: boig reproduce")
-    ran = next((_read(p)["parameters"]["scale"] for p in sorted((results/"provenance").glob("*.json"))), "")
+    results = results_folder(results)
+    ran = next((r["parameters"]["scale"] for p in sorted((results/"provenance").glob("*.json")) if (r := _read(p))), "")
     scale = ran or next((s for s in scale_names() if results.name.startswith(s)), "pocket")
     asked = _read(results/".asked.json") or dict(scale=scale, llm="", overrides={})
     values, _, results = asked_for(asked, results)
@@ -45,8 +55,7 @@ def running(results: Path) -> tuple[int | None, set[str]]: # its process, the st
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None, set()
     except BlockingIOError:
-        events = [json.loads(l) for l in (results/".events.jsonl").read_text(encoding="utf-8").splitlines()] if (results/".events.jsonl").exists() else []
-        last = {e["stage"]: e["event"] for e in events}
+        last = {e["stage"]: e["event"] for e in _lines(results/".events.jsonl") if e}
         return int(os.read(fd, 20) or 0), {n for n, e in last.items() if e == "start"}
     finally: os.close(fd)
 
@@ -104,7 +113,7 @@ def _records(results: Path, record: dict, log: list[dict]) -> list[Finding]:
     if not done: return [Finding("missing", name, "its marker: the result was dropped as stale, or its rerun never ended")]
     other = [k for k in keys if done.get(k) != record[k]]
     found = [Finding("changed", name, f"its record and its marker differ in {', '.join(other)}")] if other else []
-    if not any(all(l.get(k) == record[k] for k in keys) for l in log if l["stage"] == name): found.append(Finding("changed", name, "runs.jsonl knows no such result"))
+    if not any(all(l.get(k) == record[k] for k in keys) for l in log if l.get("stage") == name): found.append(Finding("changed", name, "runs.jsonl knows no such result"))
     return found
 
 # %% ../nbs/95_front/99_results.ipynb #e6bf8a33
@@ -131,7 +140,8 @@ def verify(results, **toy) -> tuple[list[Finding], int]: # findings; the number 
     "Hash a results folder again and compare it with its records."
     results, found, count = Path(results).absolute(), [], 0
     steps, here = {s.stage.name: s for s in planned(results, **toy)}, provenance()
-    log = [json.loads(l) for l in (results/"runs.jsonl").read_text(encoding="utf-8").splitlines()] if (results/"runs.jsonl").exists() else []
+    log = _lines(results/"runs.jsonl")
+    found += [Finding("changed", "runs.jsonl", f"line {i} cannot be read") for i, l in enumerate(log, 1) if not l]
     records = {p.stem: _read(p) for p in sorted((results/"provenance").glob("*.json"))}
     found += [Finding("changed", name, f"provenance/{name}.json cannot be read") for name, r in records.items() if not r]
     found += [Finding("missing", name, "never run, or its record is lost") for name in steps if name not in records]

@@ -332,6 +332,7 @@ class PreferenceModelsScale:
 class PreferenceTablesScale:
     "Tables 1, 2, 3, 5 and 6, Figs. 3, 5 and 7."
     mllm: str # the untrained model
+    quantize: str # as in [preference_models]
     judges: str # rewards that know no user, separated by commas
     cases: int # questions of each kind
     lengths: str # of histories, for Fig. 7
@@ -352,6 +353,7 @@ class PreferenceTablesScale:
 class PreferenceGuidanceScale:
     "Pictures for one person, by noise optimisation (learning user preferences, Table 4)."
     agents: int # of those of preference_data; 0 = all
+    quantize: str # as in [preference_models]
     wording: str # "objects" of the pocket world, or "captions" of agents' own pictures
     pairs: int # liked and disliked pictures of a history
     each: int # prompts of an agent

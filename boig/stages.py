@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Stage', 'load_stages', 'makers', 'choose', 'bare', 'code_cells', 'imported', 'module_sources', 'parts',
-           'Step', 'marker', 'why_run', 'make_plan', 'notebook_parameters', 'check_notebook']
+           'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters', 'check_notebook']
 
 # %% ../nbs/95_front/94_stages.ipynb #c096e90f
 import ast
@@ -154,16 +154,19 @@ def _pin(name: str) -> str | None:
     try: return version(name).split("+")[0]
     except PackageNotFoundError: return None
 
-def _beside(module: str, package: Path) -> dict: # path -> digest
-    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), or in a folder of that name; comments don't count."
+_APART = {"zoo.toml", "roles.toml"} # of the zoo: an entry counts by itself, where it is used
+
+def _tables(module: str, source: str, package: Path) -> dict: # path -> digest
+    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), in a folder of that name, or anywhere if `source` names them; comments don't count."
     base = package.parent.joinpath(*module.split("."))
-    found = [base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else sorted(base.glob("*.toml")))]
-    return {str(f.relative_to(package)): digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in found if f.is_file()}
+    found = {base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else base.glob("*.toml"))}
+    found |= {f for name in re.findall(r"([\w-]+\.toml)['\"]", source) for f in package.rglob(name)}
+    return {str(f.relative_to(package)): digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(found) if f.is_file() and f.name not in _APART}
 
 def _weights(code: str, values) -> dict: # name -> sha256
     "The zoo's entries that the code or a parameter names, and the ones those stand on."
-    known = entries()
-    named = {n for n in known if repr(n) in code or n in values}
+    known, words = entries(), set(re.findall(r"[\w-]+", " ".join(map(str, values)))) # a parameter may list several
+    named = {n for n in known if repr(n) in code or n in words}
     return {n: known[n].sha256 for n in sorted(named | {known[n].base for n in named} - {""})}
 
 # %% ../nbs/95_front/94_stages.ipynb #632a2274
@@ -180,8 +183,8 @@ def parts(
     return ({"notebook": digest(cells), "files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in stage.parameters(scale).items()}
         | {f"module {k}": digest(v) for k, v in sorted(modules.items())}
-        | {f"table {k}": v for m in sorted(modules) if m != "boig.zoo" for k, v in _beside(m, package).items()}
-        | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), list(stage.parameters(scale).values())).items()}
+        | {f"table {k}": v for m, source in sorted(modules.items()) for k, v in _tables(m, source, package).items()}
+        | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), stage.parameters(scale).values()).items()}
         | {f"package {name}": _pin(name) for name in _PINNED}
         | {f"stage {name}": key for name, key in keys.items()})
 
@@ -200,6 +203,16 @@ class Step:
 def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
+
+_OURS = (".asked.json", ".done/*.json", "provenance/*.json") # what only a run leaves
+
+def results_folder(path) -> Path:
+    "`path`, if a run left its results there or it is empty; BoigError otherwise, so that nothing of somebody else's is replaced or removed."
+    path = Path(path)
+    if not path.is_dir(): raise BoigError(f"No results in '{path}' yet. Run: boig reproduce")
+    if any(path.iterdir()) and not any(any(path.glob(p)) for p in _OURS):
+        raise BoigError(f"'{path}' holds files but no results of a run. Name a folder that `boig reproduce` wrote.")
+    return path
 
 # %% ../nbs/95_front/94_stages.ipynb #e7465c09
 def why_run(

@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from boig.behaviour.evaluate import ask, constant_answer, differences, pick_test_rows, score_answers, shuffled_kpis, table1
 from boig.behaviour.batches import PadGroups, encode_example, weighted_loss
@@ -181,6 +182,53 @@ def test_untrained_models_write_valid_answers(groups, tok, constraint, temperatu
 def test_batches_do_not_change_answers(groups, tok, constraint):
     model, prompts = small(tok, seed=2), [g[0].prompt for g in groups[:9]]
     assert generate_answers(model, tok, prompts, constraint, batch_size=9) == generate_answers(model, tok, prompts, constraint, batch_size=2)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_models_own_settings_change_no_answer(groups, tok, constraint, lora):
+    "As Qwen2.5-Instruct brings them, and worse."
+    model, prompts = small(tok, seed=2), [g[0].prompt for g in groups[:3]]
+    if lora: model = add_lora(model, 2, "x")
+    own = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.1, top_k=2, min_p=0.5, repetition_penalty=5.0, no_repeat_ngram_size=2, num_beams=2, suppress_tokens=[5, 6, 7], min_new_tokens=30)
+    def answers():
+        torch.manual_seed(0)
+        return [generate_answers(model, tok, prompts, c, max_new_tokens=n, temperature=t) for c, n in ((None, 20), (constraint, 400)) for t in (0.0, 1.5)]
+    plain = answers()
+    (model.get_base_model() if lora else model).generation_config = own
+    assert answers() == plain and model.generation_config is own
+    ids = torch.tensor([tok(prompts[0]).input_ids])
+    greedy = list(ids[0])  # token by token
+    with torch.no_grad():
+        while len(greedy) < ids.shape[1] + 20 and greedy[-1] != tok.eos_token_id: greedy.append(model(torch.tensor([greedy])).logits[0, -1].argmax())
+    assert generate_answers(model, tok, prompts[:1], max_new_tokens=20) == [tok.decode(greedy[ids.shape[1]:], skip_special_tokens=True)]
+
+
+def sentencepiece(texts, legacy):
+    "As Llama-2's tokenizer, of either kind: a text begins with a blank, which decoding takes away."
+    bytes_, bpe = [f"<0x{i:02X}>" for i in range(256)], Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if legacy: bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else: bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=450, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_sentencepiece_begins_an_answer_with_a_blank(groups, bench, legacy):
+    tok = sentencepiece(bench.verbalization, legacy)
+    said = encode_example(groups[0][0], tok)
+    first = next(t for t in said["labels"] if t >= 0)
+    assert tok.convert_ids_to_tokens(first).startswith("▁")
+    constraint = Constraint(verbalization_grammar((64, 64), 3), tok)
+    assert constraint.matcher().try_consume_tokens([first]) == 1  # decoding may begin as training did
+    assert all(constraint.accepts(v, tok) for v in bench.verbalization) and not constraint.accepts("  " + bench.verbalization[0], tok)
+    assert not constraint.accepts(bench.verbalization[0].replace('"warm"', '"hot"'), tok)
+    texts = generate_answers(make_llama(tok, 32, 1), tok, [g[0].prompt for g in groups[:3]], constraint)
+    assert all(parse(t).value is not None and problems(parse(t).value, (64, 64)) == [] for t in texts)
+
+
+def test_byte_level_tokens_get_no_blank(bench, tok, constraint):
+    assert constraint.matcher().try_consume_tokens(tok(" ", add_special_tokens=False).input_ids) == 0 and not constraint.accepts(" " + bench.verbalization[0], tok)
 
 
 def test_large_pictures_are_refused_clearly():

@@ -197,6 +197,27 @@ def test_memory_does_not_grow_with_the_pages(tmp_path, monkeypatch):
     assert pq.ParquetFile(tmp_path/"20000.parquet").num_row_groups == 100
 
 
+@pytest.mark.parametrize("pack", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", ["a page over many lines", "an array", "an array over many lines"])
+def test_a_json_file_may_be_one_document(tmp_path, posts, form, pack):
+    page = json.loads(HAND[0])
+    one, text = tmp_path/"one.jsonl", {"a page over many lines": json.dumps(page, indent=1), "an array": json.dumps([page, page]), "an array over many lines": "\n" + json.dumps([page, page], indent=2)}[form]
+    one.write_text("\n".join([json.dumps(page)] * (1 + ("array" in form))))
+    with pa.output_stream(str(tmp_path/f"p.json{pack}"), compression={"": None, ".gz": "gzip", ".zst": "zstd"}[pack]) as f: f.write(text.encode())
+    expected, found = write_posts(one, tmp_path/"one.parquet"), write_posts(tmp_path/f"p.json{pack}", tmp_path/"found.parquet")
+    assert vars(found) == vars(expected) and found.malformed == 0 and table(tmp_path/"found.parquet").equals(table(tmp_path/"one.parquet"))
+
+
+def test_what_is_no_page_in_a_document_is_counted(tmp_path):
+    pages = [json.loads(HAND[0]), None, {"errors": []}, [], json.loads(HAND[2])]
+    (tmp_path/"p.json").write_text(json.dumps(pages))
+    s = write_posts(tmp_path/"p.json", tmp_path/"posts.parquet")
+    assert (s.pages, s.malformed) == (2, 3) and [p.split(":")[1] for p in s.places[:3]] == ["2", "3", "4"]
+    (tmp_path/"p.json").write_bytes(b"cut off\n" + hand())  # a page a line after all
+    s = write_posts(tmp_path/"p.json", tmp_path/"posts.parquet")
+    assert (s.pages, s.malformed) == (3, 3)
+
+
 # --- Tables as a source ----------------------------------------------------------------------------------------------------------------------------------
 
 def test_posts_are_a_source_too(tmp_path, posts):
@@ -363,6 +384,21 @@ def test_the_choice_is_that_of_plain_pandas(data, tmp_path, ties):
         test = round(0.1 * k)
         assert set(own[own.split == "test"].h) == set(upto.index[upto <= test])
         assert set(own[own.split != "train"].h) == set(upto.index[upto <= test + round(0.05 * (k - test))])
+
+
+@pytest.mark.parametrize("change", [lambda t: t.assign(tweet_id="t" + t.tweet_id), lambda t: t.assign(likes=t.likes.astype(str)), lambda t: t.assign(created_at=pd.NaT), lambda t: t.assign(created_at=t.created_at.astype(str)),
+                                    lambda t: t.assign(account=None), lambda t: t.assign(account=t.account.mask(t.index == 5)), lambda t: t.assign(created_at=t.created_at.mask(t.index == 5)), lambda t: t.assign(likes=-1)])
+def test_a_table_of_something_else_is_one_clear_line(data, tmp_path, change):
+    change(pd.read_parquet(data[1])).to_parquet(tmp_path/"posts.parquet")
+    with pytest.raises(BoigError, match="posts.parquet' (holds|has) .*: pass it through write_posts first.$"): choose_pictures(tmp_path/"posts.parquet", tmp_path/"out.parquet", PLAIN)
+
+
+def test_columns_of_a_near_kind_will_do(data, tmp_path):
+    "Tables that went through pandas: numbers as int32, times in ns."
+    choose_pictures(data[1], tmp_path/"one.parquet", PLAIN)
+    pd.read_parquet(data[1]).assign(likes=lambda t: t.likes.astype("int32"), created_at=lambda t: t.created_at.astype("datetime64[ns]")).to_parquet(tmp_path/"posts.parquet")
+    choose_pictures(tmp_path/"posts.parquet", tmp_path/"two.parquet", PLAIN)
+    assert set(pd.read_parquet(tmp_path/"one.parquet").id) == set(pd.read_parquet(tmp_path/"two.parquet").id)
 
 
 def test_exact_sampling_is_exact(data, tmp_path):

@@ -226,7 +226,7 @@ def test_weights_travel_as_one_file(tmp_path):
 
 def scores(shift=0.0, n=40):
     rng = np.random.default_rng(1)
-    return pd.DataFrame({"bench": "pocket_stock", "id": range(n), "bucket": np.array(["high", "low"])[np.arange(n) % 2], **{c: rng.normal(size=n) for c in SHOWN.values()}}).assign(reward=lambda d: d.reward + shift)
+    return pd.DataFrame({"bench": "pocket_stock", "id": range(n), "prompt": [f"caption {i}" for i in range(n)], "bucket": np.array(["high", "low"])[np.arange(n) % 2], **{c: rng.normal(size=n) for c in SHOWN.values()}}).assign(reward=lambda d: d.reward + shift)
 
 
 def test_table_2_by_hand():
@@ -245,6 +245,18 @@ def test_gains_are_paired():
     assert g.loc[("All", "Objects"), "verdict"] == "undecided"
     assert [verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1), (math.nan, math.nan))] == ["higher", "lower", "undecided", "not measurable"]
     with pytest.raises(BoigError, match="different requests"): gains(scores(), scores()[::-1])
+
+
+def test_copies_of_a_caption_are_no_new_evidence():
+    one, more = scores(), pd.concat([scores()] * 4, ignore_index=True)
+    def width(table): return (table["Reward high"] - table["Reward low"])[table.KPI == "All"].item()
+    assert width(table2({"A": more}, 2000)) == pytest.approx(width(table2({"A": one}, 2000)), rel=0.1)
+    a, b = (gains(x.assign(reward=x.objects), x, 2000).set_index(["KPI", "Metric"]).loc[("All", "Reward")] for x in (one, more))
+    assert b.high - b.low == pytest.approx(a.high - a.low, rel=0.1) and b.n == 4 * a.n
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    y, captions = torch.randn(60, 4, generator=torch.Generator().manual_seed(1)), np.arange(60)
+    alone, four = fid_folds(x, y, "f"), fid_folds(x.repeat(4, 1), y.repeat(4, 1), "f", np.tile(captions, 4))
+    assert four == pytest.approx(alone, rel=0.1) and fid_folds(x, y, "f", captions) == pytest.approx(alone)
 
 
 def test_jackknife_of_a_mean_is_the_textbook_interval():

@@ -47,6 +47,13 @@ def test_what_is_not_there_yet_is_one_line(tmp_path):
     out = run("plan", "--scale", "papr")
     assert out.exit_code == 2 and "Did you mean 'paper'?" in out.stderr
 
+def test_a_folder_of_somebody_else_is_one_line(tmp_path):
+    (tmp_path/"index.html").write_text("My site.")
+    for command in ("status", "verify", "prune", "report"):
+        out = run(command, tmp_path)
+        assert out.exit_code == 2 and "no results of a run. Name a folder that `boig reproduce` wrote." in out.stderr and len(out.stderr.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"] and (tmp_path/"index.html").read_text() == "My site."
+
 def test_unwritable_folder(tmp_path):
     (tmp_path/"file").write_text("")
     out = run("reproduce", "--scale", "smoke", "--results", tmp_path/"file/x")

@@ -1,10 +1,13 @@
 "What fine-tuning weighs and how its rows are shared out: over samples, parts, processes."
 import copy
+import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from boig.behaviour import finetune as module
 from boig.behaviour.batches import GroupDataset, PackGroups, PadGroups, Rounds, encode_example, fit_rows, leak, verbalization_in, weighted_loss
@@ -177,6 +180,62 @@ def test_finished_training_called_again_gives_the_same_model(tok, told, tmp_path
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
+def test_a_folder_goes_on_with_its_own_run_only(tok, told, plain, tmp_path):
+    own = dict(steps=2, batch_size=4, eval_every=1, learning_rate=1e-3, device="cpu")
+    def go(train=told[:8], valid=told[8:10], model=None, folder=tmp_path, **other):
+        model = model or small(tok)
+        finetune(model, tok, train, valid, folder, **own | other)
+        return model.state_dict()
+    first = go()
+    def same(weights): return all(torch.equal(first[k], weights[k]) for k in first)
+    for name, other in {"learning_rate": dict(learning_rate=1e-2), "seed": dict(seed=7), "steps": dict(steps=3), "warmup_ratio": dict(warmup_ratio=0.5), "eval_every": dict(eval_every=2),
+                        "batch_size": dict(batch_size=2), "behaviour_weight": dict(behaviour_weight=0.5), "training set": dict(train=plain[:8]), "validation set": dict(valid=told[8:11]),
+                        "model": dict(model=make_llama(tok, 32, 1)), "model ": dict(model=add_lora(small(tok), 2, "x"))}.items():
+        with pytest.raises(BoigError, match=rf"holds a run with another {name.strip()} \(.*\)\. Train into another folder, or delete this one"): go(**other)
+    assert same(go(accumulation=2, pack=300, max_length=4096))  # these change nothing but rounding
+    (tmp_path/"plan.json").unlink()
+    assert same(go(seed=7))  # an earlier version's folder has no plan
+    (tmp_path/"new").mkdir()
+    (tmp_path/"new"/"plan.json").write_text('{"steps": 99}')  # killed before the first checkpoint: nothing is held
+    assert same(go(folder=tmp_path/"new")) and json.loads((tmp_path/"new"/"plan.json").read_text())["steps"] == 2
+
+
+def test_a_base_is_known_by_name_wherever_it_lies(tok, told):
+    data = GroupDataset(told[:2], tok)
+    def plan(place):
+        model = small(tok)
+        model.config.name_or_path = place
+        return module.what_is_learnt(model, data, data)
+    assert plan("/here/llama") == plan("there/llama") != plan("/here/other")
+
+
+class Spoil(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3: model.model.norm.weight.data *= -9
+
+
+def test_a_moved_run_ends_in_its_best_weights(tok, told, tmp_path):
+    def go(folder):
+        model = small(tok)
+        log = finetune(model, tok, told[:8], told[8:12], folder, steps=3, batch_size=4, eval_every=1, device="cpu", callbacks=(Spoil(),))
+        return model.state_dict(), [l["eval_loss"] for l in log if "eval_loss" in l]
+    first, losses = go(tmp_path/"run")
+    best = 1 + losses.index(min(losses))
+    assert best < 3 and (first["model.norm.weight"] > 0).all()
+    shutil.move(tmp_path/"run", tmp_path/"moved")
+    again, _ = go(tmp_path/"moved")
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    shutil.rmtree(tmp_path/"moved"/f"checkpoint-{best}")
+    with pytest.raises(BoigError, match=f"checkpoint-{best}, the best checkpoint of its run, is lost"): go(tmp_path/"moved")
+
+
+def test_a_best_checkpoint_that_was_never_there_is_an_error(tok, told, tmp_path):
+    model = small(tok)
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(BoigError, match="No validation loss was a finite number"):
+        finetune(model, tok, told[:8], told[8:10], tmp_path, steps=1, batch_size=4, eval_every=1, device="cpu")
+
+
 # Processes
 
 def test_two_processes_end_where_one_does(tok, told, tmp_path):
@@ -195,6 +254,17 @@ def test_two_processes_end_where_one_does(tok, told, tmp_path):
 def test_a_failure_in_another_process_is_told(tok, told, tmp_path):
     with pytest.raises(BoigError, match="Fine-tuning in 2 processes failed: A batch of 3 rows cannot be cut"):
         launch("pocket-llama", told[:4], told[4:6], tmp_path, 2, device="cpu", steps=1, batch_size=3, eval_every=1)
+
+
+def test_what_several_processes_trained_comes_back_as_they_stored_it(tok, told, tmp_path, monkeypatch):
+    "Bits and all: without their package, loading an adapter on a base of 4 bits is an error, and no silent float32."
+    save_llm(small(tok), tok, tmp_path/"base")
+    save_llm(add_lora(small(tok), 2, str(tmp_path/"base")), tok, tmp_path/"run"/"model")
+    (tmp_path/"run"/"log.json").write_text("[]")
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(BoigError, match="in 4 bits .QLoRA. need the package"): launch(str(tmp_path/"base"), told[:4], told[4:6], tmp_path/"run", 2, lora_rank=2, bits=4, device="cpu")
+    assert launch(str(tmp_path/"base"), told[:4], told[4:6], tmp_path/"run", 2, lora_rank=2, device="cpu")[2] == []
 
 
 # Ablations

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import Cache
 
 from boig.behaviour.evaluate import score_answers, table1
@@ -128,6 +128,15 @@ def test_sharing_changes_no_answer(pocket, talks, kind, more):
         while len(full) < len(ids[0]) + 12 and full[-1] != tok.eos_token_id: full.append(model(torch.tensor([full])).logits[0, -1].argmax().item())
     assert tok.decode(full[len(ids[0]):], skip_special_tokens=True) == plain.answer[0]
     for size in (1, 4, 16): pd.testing.assert_frame_equal(answer_locally(model, tok, ids, batch_size=size, max_new_tokens=12), plain)
+
+
+def test_a_models_own_settings_change_no_answer(pocket, talks):
+    tok, ids = pocket[1], [encode(t, pocket[1]) for t in talks[:2]]
+    model = tiny(LlamaConfig, len(tok))
+    plain = answer_locally(model, tok, ids, max_new_tokens=12)
+    model.generation_config = own = GenerationConfig(do_sample=True, top_p=0.5, repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=2)
+    pd.testing.assert_frame_equal(answer_locally(model, tok, ids, max_new_tokens=12), plain)
+    assert model.generation_config is own
 
 
 def test_only_once_means_once(pocket, talks):

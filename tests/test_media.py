@@ -274,11 +274,25 @@ def test_a_folder(tmp_path):
     assert list(named.files) == ["1"] and [e.why for e in named.left_out.values()] == ["outside the folder", "outside the folder", "no file"]
 
 
+def test_a_name_that_no_file_can_have_is_left_out(tmp_path):
+    (tmp_path/"a.png").write_bytes(PNG)
+    (tmp_path/"loop.png").symlink_to("loop.png")
+    rows = pd.DataFrame({"id": list("abcdef"), "file": ["a.png", "x" * 300 + ".png", "a\0b.png", "\ud800.png", "loop.png", "a.png/b.png"]}, dtype=object)
+    found = collect_media(rows, tmp_path, key="id", file="file")
+    assert list(found.files) == ["a"] and {e.why for e in found.left_out.values()} <= {"cannot be opened", "no file"} and found.summary().pictures.sum() == 6
+
+
 def test_litter_of_a_killed_download(tmp_path):
-    for name in (".a.1.tmp.png", ".b.2.tmp.png"): (tmp_path/name).write_bytes(PNG[:9])
-    os.utime(tmp_path/".a.1.tmp.png", (0, 0))
-    collect_media(pd.DataFrame({"media_key": ["a"]}), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [".b.2.tmp.png"]  # the young one may still be written
+    old, young = tmp_path/f".a.{'0' * 16}.tmp.png", tmp_path/f".b.{'0' * 16}.tmp.png"
+    theirs = [tmp_path/n for n in (".tags.tmpl", ".a.1.tmp.png", f".a.{'0' * 16}.tmp.txt")]
+    (folder := tmp_path/f".c.{'0' * 16}.tmp.png").mkdir()
+    for p in (old, young, *theirs): p.write_bytes(PNG[:9])
+    for p in (old, folder, *theirs): os.utime(p, (0, 0))
+    posts = pd.DataFrame({"media_key": ["a"], "url": None})
+    collect_media(posts, tmp_path)
+    assert old.exists()  # a folder that is only read stays as it is
+    collect_media(posts, tmp_path, download=True)
+    assert set(tmp_path.iterdir()) == {young, folder, *theirs}  # the young one may still be written
 
 
 def test_bad_calls(tmp_path):

@@ -279,6 +279,20 @@ def test_textual_inversion_moves_one_row_only_and_diffusers_reads_it(runs):
 def ids_of(pipe, texts): return pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
 
 
+def test_neti_tells_times_apart_in_half_precision():
+    mapper, t = make_mapper(tiny(), "hat"), torch.arange(1000)
+    code = mapper.code(t, torch.zeros(1000, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16): half = mapper.code(t, torch.zeros(1000, dtype=torch.long))
+    assert torch.equal(code, half)
+
+
+def test_a_method_without_identifier_asks_nothing_of_it():
+    tokenizer, subject = tiny().tokenizer, Subject([], "hat", identifier="many tokens")
+    with pytest.raises(BoigError, match="tokens to this text encoder"): check_words(tokenizer, subject)
+    check_words(tokenizer, subject, identifier=False)
+    with pytest.raises(BoigError, match="class noun"): check_words(tokenizer, Subject([], " "), identifier=False)
+
+
 def test_neti_without_bypass_is_the_text_encoder():
     pipe, prompts = tiny(), ["a <it> and a ball", "a cup", "<it>"]
     token = add_word(pipe, "<it>", "hat")
@@ -391,7 +405,7 @@ def test_reward_reads_prompts_without_the_identifier():
     def reward(images, prompts, context): seen.append((prompts, context)); return torch.zeros(len(prompts))
     plain = Plainly(reward, Subject([], "toy", "q", "red"))
     plain(torch.zeros(2, 3, 4, 4), ["a q red toy and a q", "a toy"], {"x": 1})
-    assert seen == [(["a toy and a q", "a toy"], {"x": 1})] and plain.name == "function" and not plain.differentiable
+    assert seen == [(["a toy and a q", "a toy"], {"x": 1})] and plain.name == "function, without 'q'" and not plain.differentiable
 
 
 def test_settings_of_the_paper():

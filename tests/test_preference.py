@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from boig.benches.pickapic import HistoryRules, build_histories, synthetic
 from boig.core import BoigError
+from boig.preference.baselines import score_by_reward
 from boig.preference.loss import CONTRASTS, LossConfig, like_probability, preference_loss
 from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, load_idefics, load_preference, read, save_preference, score,
                                    see, tiny_idefics, token_attention, trained)
@@ -70,6 +71,13 @@ def test_binary_base_is_the_likelihood_of_p():
     p, q = like_probability(z, 0, 2), like_probability(y, 0, 2)
     found = preference_loss(z, y, 0, 2, LossConfig("binary", "none"))["loss"]
     torch.testing.assert_close(found, -0.5 * (p.log().mean() + (1 - q).log().mean()))
+
+
+def test_sure_answers_do_not_tie():
+    z = torch.zeros(3, 5)
+    z[:, 1] = torch.tensor([18.0, 20.0, 30.0])
+    p = like_probability(z.double(), 1, 2)
+    assert (p[0] < p[1] < p[2] < 1) and like_probability(z, 1, 2).dtype == like_probability(z.bfloat16(), 1, 2).dtype == torch.float32
 
 
 def test_loss_survives_extreme_logits_and_refuses_wrong_options():
@@ -183,7 +191,19 @@ def test_reward_reads_a_history_once(base, monkeypatch):
     assert torch.equal(reward(x, ["a", "b"]), first) and len(calls) == 1
     second = reward(x, ["a", "b"], {"history": other})
     assert len(calls) == 2 and not torch.allclose(first, second) and len(history) == 4
+    assert torch.allclose(reward(x, ["a", "b"]), first) # its own user's again
     assert torch.allclose(reward(x, ["a", "b"], {"history": history}), first) and len(reward(x[:0], [])) == 0
+    stranger = PreferenceReward(model_of(base))
+    stranger(x, ["a", "b"], {"history": other})
+    with pytest.raises(BoigError, match="Whose taste"): stranger(x, ["a", "b"])
+
+
+def test_judges_see_pictures_of_several_sizes():
+    class Data: pictures = {"a": torch.rand(3, 8, 8), "b": torch.rand(3, 8, 12), "c": torch.rand(3, 8, 8)}
+    cases = pd.DataFrame({"liked": ["a", "b"], "disliked": [["b", "c"], ["a"]], "prompt": ["x", "yy"]})
+    def reward(images, prompts): return images.mean((1, 2, 3)) + torch.tensor([float(len(p)) for p in prompts])
+    found = score_by_reward(reward, Data, cases, at_once=2)
+    for c, s in zip(cases.itertuples(), found): assert s == pytest.approx([float(Data.pictures[u].mean()) + len(c.prompt) for u in (c.liked, *c.disliked)])
 
 
 def test_histories_that_do_not_do(base):
@@ -234,6 +254,10 @@ def test_stopped_and_resumed_gives_the_same_weights(base, data, tmp_path):
     pd.testing.assert_frame_equal(log.drop(columns="seconds"), log2.drop(columns="seconds"))
     assert not torch.equal(whole.tokens, model_of(base, tokens=2).tokens)
     with pytest.raises(BoigError, match="another lr"): train_preference(model_of(base, tokens=2), data, tmp_path/"b", replace(QUICK, lr=1.0), progress=False)
+    with pytest.raises(BoigError, match="another starting weights"): train_preference(copy.deepcopy(whole), data, tmp_path/"b", QUICK, progress=False)
+    fewer = copy.copy(data)
+    fewer.train = data.train.assign(caption="x")
+    with pytest.raises(BoigError, match="another choices"): train_preference(model_of(base, tokens=2), fewer, tmp_path/"b", QUICK, progress=False)
 
 
 def test_sharing_accumulating_and_whole_sequences_are_one_training(base, data, tmp_path):

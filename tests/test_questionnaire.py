@@ -220,6 +220,11 @@ def test_foreign_files(asked, tmp_path, text, message):
     (tmp_path/"a.json").write_text(text)
     with pytest.raises(BoigError, match=message): read_answers(asked, tmp_path)
 
+@pytest.mark.parametrize("answers", [["x"], {"q1": "yes"}, [{"question": ["q1"], "answer": "yes"}], [{"question": {}, "answer": "yes"}], [{"answer": "yes"}], [["q1", "yes"]], [None], 7, None, "q1"])
+def test_answers_of_another_form(asked, tmp_path, answers):
+    write_json(tmp_path/"a.json", {"questionnaire": key_of(asked)["questionnaire"], "rater": "a", "answers": answers})
+    with pytest.raises(BoigError, match="a.json' holds no answers"): read_answers(asked, tmp_path)
+
 def test_answers_that_were_not_offered(asked, tmp_path):
     key = key_of(asked)
     one = next(i for i, q in key["questions"].items() if q["kind"] == "text")

@@ -1,9 +1,12 @@
 "Noise optimisation: by hand on a linear generator, by finite differences through pocket-turbo, flat memory, broken rewards, other pipelines."
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from transformers import CLIPImageProcessorPil
 
 from boig.core import BoigError
 from boig.diffusion.pipeline import draw, load_pipeline, sampling
@@ -129,6 +132,36 @@ def test_other_pipelines(kind, tmp_path):
     if "SD" in kind: assert isinstance(pipe.scheduler, EulerDiscreteScheduler) and found.noise.std() < 2  # not yet scaled
 
 
+class Blackens(torch.nn.Module):
+    "A safety checker that likes nothing."
+    device, dtype = torch.device("cpu"), torch.float32
+    def forward(self, images, clip_input): return 0 * images, [True] * len(images)
+
+
+def test_a_safety_checker_is_set_aside_and_put_back(turbo):
+    pipe = StableDiffusionPipeline(**turbo.components | {"safety_checker": Blackens(), "feature_extractor": CLIPImageProcessorPil()})
+    pipe.set_progress_bar_config(disable=True)
+    before = dict(pipe.config)
+    found, bare = (optimise_noise(p, PROMPTS[:2], Term(Blue(), 1), RenoConfig(steps=1), seed=3, **FEW) for p in (pipe, turbo))
+    assert torch.equal(found.images, bare.images) and (found.history.gradient[:2] > 0).all()
+    assert dict(pipe.config) == before and isinstance(pipe.safety_checker, Blackens) and draw(pipe, PROMPTS[:1], **FEW).max() == 0
+    def stop(*_): raise KeyboardInterrupt
+    paint = Painter(pipe, PROMPTS[:1], [0], **FEW, callback_on_step_end=stop)
+    with pytest.raises(KeyboardInterrupt): paint(paint.noise)
+    assert "run_safety_checker" not in vars(pipe)
+
+
+def test_negative_prompts_one_for_all_or_one_for_each(turbo):
+    how, one = dict(num_inference_steps=1, guidance_scale=3.0), RenoConfig(steps=1, batch_size=2)
+    for negative in (["a dog"] * 3, ["a dog", "snow", "a red shoe"]):
+        plain = draw(turbo, PROMPTS, seed=2, negative_prompt=negative, **how)
+        assert torch.allclose(optimise_noise(turbo, PROMPTS, Blue(), one, seed=2, negative_prompt=negative, **how).before, plain, atol=1e-4)
+        assert torch.allclose(draw(turbo, PROMPTS, seed=2, batch_size=2, negative_prompt=negative, **how), plain, atol=1e-4)
+        if len(set(negative)) == 1: assert torch.allclose(optimise_noise(turbo, PROMPTS, Blue(), one, seed=2, negative_prompt="a dog", **how).before, plain, atol=1e-4)
+    assert not torch.allclose(draw(turbo, PROMPTS, seed=2, **how), plain, atol=1e-2)
+    with pytest.raises(BoigError, match="3 pictures need a negative_prompt for each"): optimise_noise(turbo, PROMPTS, Blue(), one, negative_prompt=["a dog"], **how)
+
+
 # --- memory, frozen weights
 
 class Counted:
@@ -213,6 +246,28 @@ def test_a_killed_call_goes_on(turbo, tmp_path):
     assert torch.equal(again.images, whole.images) and torch.equal(again.noise, whole.noise)
     assert again.history.dtypes.equals(whole.history.dtypes) and again.history.round(4).equals(whole.history.round(4))
     with pytest.raises(BoigError, match="another call"): optimise_noise(turbo, PROMPTS[:2], Blue(), config, seed=7, folder=tmp_path, **FEW)
+
+
+def test_a_folder_knows_the_pipeline_and_what_the_rewards_read(tmp_path):
+    pipe, config, x, drawn = load_pipeline("pocket-turbo", "cpu"), RenoConfig(steps=1), torch.rand(2, 3, 8, 8), []
+    def call(folder, pipe, context): return optimise_noise(pipe, PROMPTS[:1], Term(Blue(), 1, context), config, folder=tmp_path/folder, watch=lambda *_: drawn.append(1), **FEW)
+    def other(folder, pipe, context):
+        with pytest.raises(BoigError, match="another pipeline"): call(folder, pipe, context)
+    call("a", pipe, {"references": x})
+    call("b", pipe, [{"taste": Path("a"), "person": SimpleNamespace()}])
+    call("a", load_pipeline("pocket-turbo", "cpu"), {"references": x.clone()})
+    call("b", pipe, [{"taste": Path("a"), "person": SimpleNamespace()}])
+    assert len(drawn) == 4  # twice two drawings: the same once more is kept
+    changed = x.clone()
+    changed[1, 2, 3, 4] += 1e-3
+    other("a", pipe, {"references": changed})
+    other("a", pipe, None)
+    other("b", pipe, [{"taste": Path("b"), "person": SimpleNamespace()}])
+    usual, pipe.scheduler = pipe.scheduler, EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    other("a", pipe, {"references": x})
+    pipe.scheduler = usual
+    with torch.no_grad(): pipe.unet.conv_out.weight.mul_(1 + 1e-6)
+    other("a", pipe, {"references": x})
 
 
 def test_each_picture_may_have_its_own_context():

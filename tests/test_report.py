@@ -9,7 +9,8 @@ import pytest
 
 import boig
 from boig.compare import compare_page
-from boig.report import folded, stage_blocks, write_report
+from boig.core import BoigError
+from boig.report import folded, records, stage_blocks, write_report
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>&'
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082".replace(" ", ""))
@@ -197,6 +198,26 @@ def test_smoke_says_that_it_means_nothing(made, tmp_path):
     for f in (tmp_path/"s"/"provenance").glob("*.json"): f.write_text(f.read_text().replace('"scale": "pocket"', '"scale": "smoke"'))
     said = write_report(tmp_path/"s").read_text(encoding="utf-8")
     assert "Its numbers mean nothing, and neither do the verdicts" in said and pd.read_csv(tmp_path/"s"/"claims.csv").verdict.eq("holds").any()
+
+def test_a_broken_record_is_told(made, tmp_path):
+    import shutil
+    for i, text in enumerate(("{", "[]", "")):
+        shutil.copytree(made, tmp_path/str(i))
+        (tmp_path/str(i)/"provenance"/"boig_table2.json").write_text(text)
+        assert write_report(tmp_path/str(i)).read_text(encoding="utf-8").count("its record cannot be read") == 1
+    assert {r["name"] for r in records(tmp_path/"0") if r["broken"]} == {"boig_table2"} and not any(r["broken"] for r in records(made))
+
+@pytest.mark.parametrize("name, content", [("boig_table2", b""), ("my_own", b"\n"), ("my_own", b"\xff\xfe\x00"), ("my_own", b"a,b\n1\n1,2,3\n")])
+def test_a_file_without_a_table_is_one_line(made, tmp_path, name, content):
+    import shutil
+    shutil.copytree(made, tmp_path/"r")
+    (tmp_path/"r"/"tables"/f"{name}.csv").write_bytes(content)
+    with pytest.raises(BoigError, match=rf"{name}.csv' holds no table. If a stage makes it, `boig reproduce`"): write_report(tmp_path/"r")
+
+def test_somebody_elses_page_is_left_alone(tmp_path):
+    (tmp_path/"index.html").write_text("My site.")
+    with pytest.raises(BoigError, match="no results of a run"): write_report(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"] and (tmp_path/"index.html").read_text() == "My site."
 
 def test_tables_are_folded():
     t = pd.DataFrame({"what": ["a"], "start": 1.0, "gain": 0.5, "low": 0.25, "high": 0.75, "± x": 0.1, "x": 2.5, "n": 3000, "empty": None, "seed": 1, "scale": "pocket"})

@@ -14,9 +14,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from boig import stages, zoo
 from boig.core import BoigError, sha256_file
-from boig.reproduce import only_run, reproduce
+from boig.reproduce import _append, only_run, reproduce
 from boig.results import _repeatable, leftovers, planned, prune, status, verify
-from boig.stages import bare, check_notebook, imported, load_stages, make_plan, module_sources
+from boig.stages import _weights, bare, check_notebook, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
 
 HEAD = 'results: str = ""\nrun_dir: str = ""\nscale: str = ""\nseed: int = 0\nbootstrap: int | None = 1'
@@ -143,6 +143,46 @@ def test_weights_count_where_they_are_named(world, monkeypatch):
     for name, counts in {"student": True, "teacher": True, "other": False}.items():
         change(name)
         assert differ(before, world.keys()) == (["first", "second"] if counts else [])
+
+@pytest.mark.parametrize("value, named", [
+    ("student", {"student", "teacher"}), ("pocket-sd,other", {"pocket-sd", "other"}), ("Looks=pocket-sd, CLIP Score=other", {"pocket-sd", "other"}), (["pocket-sd", "other"], {"pocket-sd", "other"}),
+    ("pocket-sdxl,my-student,others", set()), (7, set()), (None, set())])
+def test_weights_count_within_a_parameter(monkeypatch, value, named):
+    "As whole words: pocket-sdxl is not pocket-sd."
+    listed = {n: zoo.Entry(n, "packaged", n, "1" * 64, "", "", base=base) for n, base in {"student": "teacher", "teacher": "", "other": "", "pocket-sd": "", "pocket": "", "sd": ""}.items()}
+    monkeypatch.setattr(stages, "entries", lambda: listed)
+    assert set(_weights("", {"judges": value, "seed": 42}.values())) == named
+
+@pytest.fixture(scope="module")
+def real():
+    "What makes the key of a stage of ours at the pocket scale."
+    package, table = Path(stages.__file__).parent, load_stages(scale="pocket")
+    return lambda name: parts(table[name], load_scale("pocket"), {}, package.parent/"nbs", package)
+
+def test_judges_are_in_the_key_of_what_they_judge(real):
+    "Their code, though it is asked for by name; and their weights, though one parameter lists them all."
+    own = real("boig_ranking")
+    assert {f"module boig.rewards.{m}" for m in ("similarity", "image_reward", "aesthetic", "clip_scores")} <= set(own)
+    assert {f"zoo {n}" for n in own["parameter judges"].split(",")} <= set(own)
+
+def test_prompts_of_subjects_are_in_the_key_of_what_draws_them(real):
+    table = "table data/subjects/subjects.toml"
+    assert table in real("instructbooth") and table not in real("boig_ranking")
+
+def test_the_zoos_own_tables_are_in_no_key(real):
+    "Another model in them is no reason to run what does not use it."
+    assert not {"table zoo.toml", "table roles.toml"} & {*real("preference_models"), *real("boig_ranking")}
+
+def test_a_table_that_a_module_names_counts(world):
+    (world.root/"toylib/data").mkdir()
+    for name in ("words", "unused"): (world.root/f"toylib/data/{name}.toml").write_text("a = 1")
+    world.lib("def double(x): return 2 * x\ndef read(): return open('data', 'words.toml')\n")
+    before = world.keys()
+    (world.root/"toylib/data/words.toml").write_text("a = 1 # one")
+    (world.root/"toylib/data/unused.toml").write_text("a = 2")
+    assert differ(before, world.keys()) == []
+    (world.root/"toylib/data/words.toml").write_text("a = 2")
+    assert differ(before, world.keys()) == ["first", "second"]
 
 def test_tables_in_a_modules_folder_count(world):
     before = world.keys()
@@ -353,17 +393,30 @@ def test_verify_finds_what_was_touched(finished):
                                ("notebooks/second.ipynb", "{}", {("changed", "second", "notebooks/second.ipynb")}),
                                ("c.txt", None, {("missing", "other", "c.txt")}), (".done/other.json", None, {("missing", "other", "its marker: the result was dropped as stale")}),
                                ("provenance/other.json", "x", {("changed", "other", "provenance/other.json cannot be read")}),
+                               ("provenance/first.json", "[1]", {("changed", "first", "provenance/first.json cannot be read")}),
                                ("runs.jsonl", "", {("changed", n, "runs.jsonl knows no such result") for n in ("first", "second", "other")})]:
         path, old = world.results/file, (world.results/file).read_bytes()
         path.unlink()
         if text is not None: path.write_text(text)
         assert findings() == wanted
         path.write_bytes(old)
+    log = world.results/"runs.jsonl"
+    old = log.read_bytes()
+    log.write_bytes(b'{"stage": "first", "key"\n\xff\n3\n' + old + b'{"stage": "oth')  # torn, no text, no object, torn
+    assert findings() == {("changed", "runs.jsonl", f"line {i} cannot be read") for i in (1, 2, 3, 4 + old.count(b"\n"))}
+    log.write_bytes(old)
     record = json.loads((world.results/"provenance/other.json").read_text())
     forged = record | {"outputs": {"c.txt": "0" * 64}}
     (world.results/"provenance/other.json").write_text(json.dumps(forged))
     assert ("changed", "other", "its record and its marker differ in outputs") in findings()
     (world.results/"provenance/other.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+def test_a_torn_line_does_not_spoil_the_next(tmp_path):
+    log = tmp_path/"runs.jsonl"
+    _append(log, {"a": 1})
+    with open(log, "a") as f: f.write('{"a": 2')
+    for i in (3, 4): _append(log, {"a": i})
+    assert log.read_text() == '{"a": 1}\n{"a": 2\n{"a": 3}\n{"a": 4}\n'
 
 def test_verify_says_what_cannot_be_made_again(finished):
     world, _ = finished
@@ -377,6 +430,18 @@ def test_verify_says_what_cannot_be_made_again(finished):
     assert said(packages=origin["packages"] | {"torch": "1.0"}) == [f"other versions: torch 1.0 (here {origin['packages']['torch']})"]
     assert said(step=None) == ["the stage table has no such stage"]
     assert said(step=dataclasses.replace(step, key="x", parts=step.parts | {"zoo pocket-sd": "1", "parameter bootstrap": 7})) == ["changed since: parameter bootstrap, zoo pocket-sd"]
+
+def test_files_of_somebody_else_are_left_alone(world, tmp_path_factory):
+    "A folder that looks like one of ours from afar."
+    theirs = tmp_path_factory.mktemp("theirs")
+    for name in ("runs/tuesday/1/notes.txt", "data/.git/HEAD", "provenance/of_my_paintings.txt", "plan.json"):
+        (theirs/name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs/name).write_text("{}")
+    before = sorted(theirs.rglob("*"))
+    for look in (prune, verify, status, lambda f, **toy: results_folder(f)):
+        with pytest.raises(BoigError, match="holds files but no results of a run. Name a folder"): look(theirs, **world.toy)
+    assert sorted(theirs.rglob("*")) == before
+    assert results_folder(tmp_path_factory.mktemp("empty")).is_dir()
 
 def test_from_takes_what_stands_on_a_stage(world, capsys):
     assert list(world.why(capsys, start=["second"])) == list(world.why(capsys, start=["first"])) == ["first", "second"]

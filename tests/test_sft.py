@@ -1,6 +1,8 @@
 "Supervised fine-tuning: the loss by its formulas, cached moments against the encoder, a training that resumes to the same weights."
 import dataclasses
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from test_sampler import tiny
 
 from boig.core import BoigError
+from boig.diffusion import sft
 from boig.diffusion.sft import SFTConfig, dice, encode, denoising_loss, noisy, train_sft
 from boig.diffusion.tuning import find_tracker
 
@@ -77,7 +80,42 @@ def test_files_and_tensors_are_the_same(tmp_path):
         Image.fromarray((x.permute(1, 2, 0) * 255).round().byte().numpy()).save(files[-1])
     a, b = (encode(tiny(), x, TEXTS) for x in (whole, files))
     torch.testing.assert_close(a.mean, b.mean)
+    assert sft._digest(whole) == sft._digest(files)
     with pytest.raises(BoigError, match="16×16; these are"): encode(tiny(), torch.rand(1, 3, 24, 16), ["a"])
+
+
+def test_a_set_of_pictures_is_known_by_its_pictures(tmp_path, monkeypatch):
+    _, log = train(tmp_path, pipe=tiny())
+    with pytest.raises(BoigError, match="another set of training pictures"): train_sft(tiny(), pictures().flip(0), TEXTS, tmp_path, SMALL, progress=False)  # latents of the same mean square
+    def elsewhere(*args):  # another machine's arithmetic
+        shown = encode(*args)
+        return dataclasses.replace(shown, mean=shown.mean * 1.001)
+    monkeypatch.setattr(sft, "encode", elsewhere)
+    assert train(tmp_path)[1].equals(log)
+
+
+def test_pictures_that_are_no_squares():
+    pipe, wide = tiny(sample_size=(8, 12)), torch.rand(2, 3, 16, 24)
+    assert encode(pipe, wide, TEXTS[:2]).mean.shape == (2, 4, 8, 12)
+    with pytest.raises(BoigError, match="16×24; these are"): encode(pipe, wide.mT, TEXTS[:2])
+
+
+@pytest.mark.parametrize("n, processes", [(5, 2), (5, 4), (1, 2)])
+def test_processes_share_an_epoch_and_may_have_nothing_to_do(monkeypatch, n, processes):
+    def epoch(process, processes):
+        pipe, gradients = tiny(), []
+        def step(run):
+            gradients.append(torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in run.params]))
+            pipe.unet.zero_grad()
+            return 0.0
+        monkeypatch.setattr(sft, "step", step)
+        accelerator = SimpleNamespace(process_index=process, num_processes=processes, reduce=torch.clone)
+        run = SimpleNamespace(device=torch.device("cpu"), config=dataclasses.replace(SMALL, batch_size=4), accelerator=accelerator, pipe=pipe, params=list(pipe.unet.parameters()), autocast=nullcontext,
+                              scaler=torch.amp.GradScaler("cpu", enabled=False))
+        return sft._epoch(run, encode(pipe, pictures()[:n], TEXTS[:n]), pipe.scheduler, 0)["loss"], torch.stack(gradients)
+    (loss, whole), parts = epoch(0, 1), [epoch(p, processes) for p in range(processes)]
+    assert sum(x for x, _ in parts) == pytest.approx(loss) and not parts[-1][1][-1].any() and len(whole) == -(-n // 4)
+    torch.testing.assert_close(sum(g for _, g in parts), whole)
 
 
 def test_it_learns_its_pictures(tmp_path):
@@ -103,7 +141,7 @@ def test_stopped_in_an_epoch_and_gone_on(tmp_path, lora):
     else: loaded = StableDiffusionPipeline.from_pretrained(tmp_path/"b"/"pipeline")
     x = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 4, 16)
     with torch.no_grad(): torch.testing.assert_close(loaded.unet(*x).sample, resumed.unet(*x).sample, rtol=0, atol=1e-5)
-    with pytest.raises(BoigError, match="another set of pictures"): train_sft(tiny(), pictures() / 2, TEXTS, tmp_path/"b", config, progress=False)
+    with pytest.raises(BoigError, match="another set of training pictures"): train_sft(tiny(), pictures() / 2, TEXTS, tmp_path/"b", config, progress=False)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -120,6 +121,27 @@ def test_old_files_go_last(tmp_path, monkeypatch):
     assert {p.name for p in (home/"shards").iterdir()} == {Path(s["file"]).name for s in new["shards"]} and not {s["key"] for s in new["shards"]} & {s["key"] for s in old["shards"]}
 
 
+def test_what_is_not_ours_stays(tmp_path):
+    "A folder that holds more: only old shards and halves of our own files go."
+    theirs = [tmp_path/"shards"/"00000.tar", tmp_path/"shards"/"part-0.parquet", tmp_path/"shards"/".a.tmp.parquet", tmp_path/".tags.tmpl", tmp_path/f".b.{'0' * 16}.tmp.json"]
+    ours = [tmp_path/"shards"/f"{'a' * 32}.parquet", tmp_path/"shards"/f".{'a' * 32}.{'0' * 16}.tmp.parquet", tmp_path/f".manifest.{'0' * 16}.tmp.json", tmp_path/f".plan.{'0' * 16}.tmp.parquet"]
+    (tmp_path/"shards"/f"{'b' * 32}.parquet").mkdir(parents=True)
+    for p in (*theirs, *ours): p.write_text("x")
+    verbalize_table(frame_of(3), tmp_path, Fake())
+    assert all(p.read_text() == "x" for p in theirs) and not any(p.exists() for p in ours) and (tmp_path/"shards"/f"{'b' * 32}.parquet").is_dir()
+
+
+@pytest.mark.parametrize("plan", ["text", "table", "folder"])
+def test_a_plan_of_somebody_else_is_not_written_over(tmp_path, plan):
+    path = tmp_path/"plan.parquet"
+    {"text": lambda: path.write_text("mine"), "table": lambda: pd.DataFrame({"id": ["a"], "content": ["b"]}).to_parquet(path), "folder": path.mkdir}[plan]()
+    before = path.read_bytes() if path.is_file() else None
+    work = Shards(frame_of(3), tmp_path, Fake())
+    for step in (work.plan, work.shards):
+        with pytest.raises(BoigError, match="is no plan of shards; choose another folder"): step()
+    assert sorted(tmp_path.iterdir()) == [path] and (path.read_bytes() if path.is_file() else None) == before
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "other rows", "empty"])
 def test_a_spoilt_shard_is_made_again(tmp_path, harm):
     table, fake = frame_of(60), Fake()
@@ -233,6 +255,15 @@ def test_what_cannot_be_read(tmp_path):
     seen = verbalize_table([i for i, _ in rows], tmp_path, fake, read=dict(rows).get)
     assert seen.error.notna().sum() == 4 and seen.width.dtype == "Int32"
     assert json.loads((tmp_path/"manifest.json").read_text())["left out"] == {"the picture is not a picture that can be read.": 2, "there is no picture": 1, "the picture is damaged": 1}
+
+
+@pytest.mark.parametrize("tag, data", [(0x100, b"ab\0\0"), (0x201, b"a\0\0\0")])
+def test_odd_exif_costs_one_picture(tag, data):
+    "A turned JPEG whose next tag is text where a number belongs: Pillow breaks in its own ways, the table does not."
+    entries = [struct.pack("<HHI4s", 0x112, 3, 1, b"\6\0\0\0"), struct.pack("<HHI4s", tag, 2, 2, data)]
+    Image.new("RGB", (8, 6)).save(file := io.BytesIO(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(entries) + bytes(4))
+    odd, fine = verbalize_rows([("odd", file.getvalue()), ("fine", packed(1))], Fake()).to_pylist()
+    assert fine["error"] is None and odd["error"].startswith("the picture is damaged (")
 
 
 def test_a_broken_verbalizer_is_no_pictures_fault(tmp_path):

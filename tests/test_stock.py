@@ -75,6 +75,40 @@ def test_broken_rows_are_left_out_and_counted(tmp_path, market):
     assert found.captions[0] == "None" and found.keywords[0] == "na, null" and found.forwards.dtype == "int64"
 
 
+HEAD = "asset_id,file,caption,keywords,release_date,downloads,forwards,impressions\n"
+
+def listed(folder, *lines):
+    (folder/"assets.csv").write_text(HEAD + "\n".join(lines) + "\n")
+    return read_stock(folder)
+
+
+def test_the_day_is_the_one_written(tmp_path):
+    "Time zones may differ from row to row; each asset keeps its seller's day."
+    days = ["2020-01-02T00:30:00+02:00", "2020-01-02T23:30:00-0500", "2020-01-02T00:00:00Z", "2020-01-02 10:00+01", "2020-01-02", "20200102", "2020-01-02T10:00:00.125"]
+    found, left_out = listed(tmp_path, *(f"{i},a.png,c,k,{d},1,1,1" for i, d in enumerate(days)))
+    assert list(found["release date"]) == ["2020-01-02"] * len(days) and not left_out
+    found[["captions"]].assign(asset_id=found.id, file="a.png", caption="c", keywords="k", downloads=1, forwards=1, impressions=1, release_date=pd.to_datetime(days[:1] * len(days))).to_parquet(tmp_path/"assets.parquet")
+    (tmp_path/"assets.csv").unlink()
+    assert list(read_stock(tmp_path)[0]["release date"]) == ["2020-01-02"] * len(days)
+
+
+def test_numbers_beyond_all_counting_are_left_out(tmp_path):
+    found, left_out = listed(tmp_path, *(f"{i},a.png,c,k,2020-01-01,{n},1,1" for i, n in enumerate(["1e30", "9" * 20, str(2**53 + 2), str(2**53), "3.0", "7"])))
+    assert list(found.downloads) == [2**53, 3, 7] and left_out == {"a KPI is above 2^53": 3}
+
+
+def test_a_comma_at_each_line_s_end_moves_nothing(tmp_path):
+    rows = ["1,a.png,c,k,2020-01-01,1,2,3", "2,b.png,c,k,2020-01-02,1,2,3"]
+    plain = listed(tmp_path, *rows)
+    with pytest.warns(pd.errors.ParserWarning): commas = listed(tmp_path, *(r + "," for r in rows))  # pandas says that a column is dropped
+    assert commas[0].equals(plain[0]) and list(plain[0].id) == ["1", "2"] and commas[1] == plain[1] == {}
+
+
+def test_a_good_row_is_not_lost_to_a_bad_one(tmp_path):
+    found, left_out = listed(tmp_path, "1,bad.png,c,k,2020-01-01,,1,1", "1,good.png,c,k,2020-01-01,1,1,1", "1,late.png,c,k,2020-01-01,1,1,1", "1,bad.png,c,k,soon,1,1,1")
+    assert list(found.file) == ["good.png"] and left_out == {"a KPI is no number of 0 or more": 1, "no release date": 1, "listed again": 1}
+
+
 def test_parquet_is_a_table_too(tmp_path, market):
     table = pd.read_csv(market/"assets.csv")
     table.assign(release_date=pd.to_datetime(table.release_date), secret="x").to_parquet(tmp_path/"assets.parquet")
@@ -93,4 +127,5 @@ def test_pictures_that_are_missing(tmp_path, market, bench):
     assert list(some.verbalization) == list(bench.set_index("id").verbalization[some.id])
     table.drop(columns="forwards").to_csv(tmp_path/"assets.csv", index=False)
     with pytest.raises(BoigError, match="lacks the columns forwards"): read_stock(tmp_path)
+    with pytest.raises(BoigError, match="has no rows"): listed(tmp_path)
     with pytest.raises(BoigError, match="no assets.csv"): read_stock(tmp_path/"nowhere")

@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from boig.core import BoigError
 from boig.metrics.subject_fidelity import action_shown, change_costs, change_scores, fidelity_differences, fidelity_table, prefers_failures, score_pictures, where
@@ -54,7 +55,7 @@ def test_table_has_means_and_intervals_of_cells(scores):
     t = fidelity_table(scores, ["x", "y", "shown"]).set_index("Method")
     assert t.loc["A", "x"] == pytest.approx(scores[scores.method == "A"].x.mean()) and t.loc["A", "n"] == 48 and t.loc["A", "cells"] == 12
     cells = scores[scores.method == "A"].groupby(["subject", "prompt"]).x.mean()
-    expected = 2 * 1.96 * cells.std(ddof=0) / np.sqrt(12)  # what a normal approximation over cells gives
+    expected = 2 * stats.t.ppf(0.975, 11) * cells.std(ddof=1) / np.sqrt(12)  # Student's interval over cells
     assert t.loc["A", "x high"] - t.loc["A", "x low"] == pytest.approx(expected, rel=0.15)
     assert t.loc["A", "shown"] == 1
     few = fidelity_table(scores[scores.prompt == "w"], ["x"])

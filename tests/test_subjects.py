@@ -33,6 +33,7 @@ def test_one_reader_reads_what_was_written(folder):
 def test_photographs_of_any_size(folder, tmp_path):
     for k, (mode, size) in enumerate((("RGB", (60, 90)), ("L", (30, 20)), ("RGBA", (10, 10)))): (p := tmp_path/"mug").mkdir(exist_ok=True), Image.new(mode, size).save(p/f"0{k}.png")
     (tmp_path/"mug"/"notes.txt").write_text("not a picture")
+    (tmp_path/"mug"/"._00.png").write_bytes(b"\0\5\x16\7")  # what macOS puts beside 00.png
     subject = read_subject(tmp_path/"mug", "mug", "chipped")
     assert [tuple(x.shape) for x in subject.load()] == [(3, 90, 60), (3, 20, 30), (3, 10, 10)] and subject.description == "chipped"
 
@@ -54,6 +55,10 @@ def test_files_that_are_something_else(change, message):
     assert parse_prompts(text) == ({"a": "cup"}, {"object": ("a {0} {1}",), "live": ("a {0} {1} at the vet's", 'a {0} {1} who says "hi"')})
     assert parse_prompts(text.replace("\n", "\r\n").replace("\r\n", "\n"))[0] == {"a": "cup"}
     with pytest.raises(BoigError, match=message): parse_prompts(text.replace(*change))
+
+def test_another_encoding_is_said(tmp_path):
+    (tmp_path/"prompts_and_classes.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(BoigError, match="save it as UTF-8"): read_dreambench(tmp_path)
 
 def test_nothing_in_the_file_is_executed():
     text = prompts_text({"a": "cup"}, {"object": ("a {1}",), "live": ("a {1}",)})

@@ -155,7 +155,7 @@ def in_form(
 ) -> BoigReward:
     "The same language model, its probabilities made into a score in another way (BOIG §3.2, footnote)."
     other = copy.copy(reward)
-    other.how = reward.how | dict(form=form, bounds=bounds)
+    other.how, other.name = reward.how | dict(form=form, bounds=bounds), f"{reward.name}, {form}" + f" within {bounds}" * (bounds is not None)
     return other
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #c6806a43
@@ -305,7 +305,7 @@ def table2(
     out = []
     for model, scores in assessed.items():
         for bench, kpi, here in cells(scores):
-            mean, low, high, _ = bootstrap_means(scores.loc[here, list(SHOWN.values())].to_numpy(), resamples, derive_seed(seed, "table2", bench, kpi))
+            mean, low, high, _ = bootstrap_means(scores.loc[here, list(SHOWN.values())].to_numpy(), resamples, derive_seed(seed, "table2", bench, kpi), scores.prompt[here])
             row = {f"{name}{end}": v for i, name in enumerate(SHOWN) for end, v in (("", mean[i]), (" low", low[i]), (" high", high[i]))}
             out.append({"Data": bench, "Images": model, "KPI": kpi, "n": int(here.sum())} | row)
     return pd.DataFrame(out)
@@ -326,7 +326,7 @@ def gains(
     out = []
     for bench, kpi, here in cells(model):
         difference = (model[list(SHOWN.values())] - base[list(SHOWN.values())])[here]
-        stats = bootstrap_means(difference.to_numpy(), resamples, derive_seed(seed, "gains", bench, kpi))
+        stats = bootstrap_means(difference.to_numpy(), resamples, derive_seed(seed, "gains", bench, kpi), model.prompt[here])
         out += [{"Data": bench, "KPI": kpi, "Metric": name, "gain": m, "low": lo, "high": hi, "n": int(n), "verdict": verdict(lo, hi)} for name, m, lo, hi, n in zip(SHOWN, *stats)]
     return pd.DataFrame(out)
 
@@ -337,11 +337,13 @@ def fid_folds(
     drawn: torch.Tensor, # [B, D] features
     true: torch.Tensor, # [B, D] of the same rows' own pictures
     name: str, # of the features
+    groups=None, # [B] labels of rows that are left out together; None = each row by itself
 ) -> np.ndarray: # [1 + FOLDS]: of all rows, then with each tenth left out
     "A Fréchet distance, and what it becomes without parts of the pictures."
     if len(drawn) != len(true): raise BoigError(f"{len(drawn)} drawn pictures are compared with {len(true)} true ones; take as many.")
     def d(rows): return [FeatureStatistics.of(f[rows], name) for f in (drawn, true)]
-    fold = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0)) % FOLDS
+    _, group = np.unique(np.arange(len(drawn)) if groups is None else np.asarray(groups), return_inverse=True)
+    fold = (torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[group]
     rest = [frechet_distance(a.mean, a.covariance, b.mean, b.covariance) for a, b in (d(fold != j) for j in range(FOLDS))]
     return np.array([float(distance(*d(fold >= 0))), *rest])
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'fixed_texts', 'train_tokenizer', 'valid_examples', 'examples_of', 'make_llama', 'quantization', 'load_llm',
-           'add_lora', 'last_checkpoint', 'training_arguments', 'finetune', 'save_llm', 'launch', 'main']
+           'add_lora', 'best_checkpoint', 'last_checkpoint', 'training_arguments', 'what_is_learnt', 'keep_to_plan',
+           'finetune', 'save_llm', 'launch', 'main']
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #739993ec
 import json
@@ -29,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from .batches import GroupDataset, PackGroups, PadGroups, Rounds, leak, weighted_loss
 from ..benches.instructions import DataSpec, Example, examples, listing1, template
-from ..core import BoigError, derive_seed, get_device, seed_everything, write_json, write_text
+from ..core import BoigError, derive_seed, digest, get_device, seed_everything, write_json, write_text
 from ..data.verbalization import parse
 from ..zoo import resolve
 
@@ -162,12 +163,27 @@ def add_lora(
 hf_logging.disable_progress_bar()  # its bars would fill a notebook with lines
 _WHOLE = "complete.json" # written last into a checkpoint folder
 
-class _MarkComplete(TrainerCallback):
-    "Write the marker after all of a checkpoint's files."
+def best_checkpoint(
+    run_dir,
+    state, # of the trainer
+) -> Path:
+    "The checkpoint with the lowest validation loss; BoigError if there is none."
+    if not state.best_global_step: raise BoigError("No validation loss was a finite number, so no checkpoint is the best. Take a smaller learning rate, or look at the validation rows.")
+    folder = Path(run_dir)/f"checkpoint-{state.best_global_step}"
+    if not (folder/_WHOLE).exists(): raise BoigError(f"{folder}, the best checkpoint of its run, is lost or damaged. Put it back, or delete {run_dir} and train again.")
+    return folder
+
+class _Checkpoints(TrainerCallback):
+    "Find the best checkpoint of a resumed run, and write the marker after all of a new one's files."
+    def on_train_begin(self, args, state, control, **kwargs):
+        # transformers remembers a path; where a folder was moved, it finds nothing there and silently ends with the last weights
+        if state.best_global_step: state.best_model_checkpoint = str(best_checkpoint(args.output_dir, state))
+
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir)/f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir(): write_json(folder/_WHOLE, dict(step=state.global_step))
+        PartialState().wait_for_everyone()  # then all of them can ask for the best
 
 class _LeaveOut(TrainerCallback):
     "Leave out a step whose gradient is no finite number, and log it; BoigError after twenty in a row."
@@ -232,12 +248,36 @@ class _Trainer(Trainer):
         logs["step"] = self.state.global_step
         self.state.log_history.append({**logs})
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #8ab11ec0
+def what_is_learnt(
+    model,
+    train: GroupDataset, valid: GroupDataset,
+    **settings, # of `finetune`
+) -> dict: # by name
+    "What a run's weights depend on, but for rounding: parts, packing and processes may change when it goes on."
+    def rows(data): return digest([digest(g) for g in data.groups])
+    parameters = [(n, list(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
+    # the name of the weights' folder, not its place, which may be another after a move
+    return settings | {"training set": rows(train), "validation set": rows(valid), "model": digest([Path(model.config.name_or_path).name, parameters])}
+
+def keep_to_plan(
+    run_dir,
+    plan: dict, # of `what_is_learnt`
+    begun: bool, # whether the folder holds a checkpoint
+):
+    "Write down what a new run learns; BoigError if a run that goes on learns something else."
+    file = Path(run_dir)/"plan.json"
+    if not begun: write_json(file, plan)
+    there = json.loads(file.read_text()) if file.exists() else plan  # a folder of an earlier version has none
+    if other := [k for k in plan if there.get(k) != plan[k]]:
+        raise BoigError(f"{run_dir} holds a run with another {other[0]} ({there.get(other[0])}). Train into another folder, or delete this one.")
+
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #07f43c99
 def finetune(
     model, tokenizer,
     train: list[list[Example]], # groups; one item enters a step together
     valid: list[list[Example]], # groups; the first example of each is judged
-    run_dir, # checkpoints go here; a killed run with the same folder goes on
+    run_dir, # checkpoints go here; a killed run with the same folder and settings goes on
     steps: int = 240, batch_size: int = 16, learning_rate: float = 2e-3, warmup_ratio: float = 0.03,
     eval_every: int = 40, max_length: int = 2048, seed: int = 42, device: str = "auto",
     accumulation: int = 1, # parts that a step's rows come in
@@ -252,12 +292,15 @@ def finetune(
     if get_device(device).type == "cpu": model.set_attn_implementation("eager")
     if pack and (through := leak(model)) > 0.05: raise BoigError(f"{type(model).__name__} lets packed samples see each other ({through:.2f} standard deviations of a logit). Set pack = 0.")
     args = training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device)
-    data = GroupDataset(train, tokenizer, max_length, behaviour_weight)
-    trainer = _Trainer(model=model, args=args, data_collator=PackGroups(tokenizer.pad_token_id, pack) if pack else PadGroups(tokenizer.pad_token_id),
-                       callbacks=[_MarkComplete(), _LeaveOut(), *callbacks], train_dataset=Rounds(data, steps * batch_size, derive_seed(seed, "rows")),
-                       eval_dataset=GroupDataset([g[:1] for g in valid], tokenizer, max_length))
+    data, judged = GroupDataset(train, tokenizer, max_length, behaviour_weight), GroupDataset([g[:1] for g in valid], tokenizer, max_length)
+    plan = what_is_learnt(model, data, judged, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_ratio=warmup_ratio,
+                          eval_every=eval_every, seed=seed, behaviour_weight=behaviour_weight)
     checkpoint = last_checkpoint(run_dir)
+    keep_to_plan(run_dir, plan, begun=checkpoint is not None)
+    trainer = _Trainer(model=model, args=args, data_collator=PackGroups(tokenizer.pad_token_id, pack) if pack else PadGroups(tokenizer.pad_token_id),
+                       callbacks=[_Checkpoints(), _LeaveOut(), *callbacks], train_dataset=Rounds(data, steps * batch_size, derive_seed(seed, "rows")), eval_dataset=judged)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best_checkpoint(run_dir, trainer.state)  # if it is not there, transformers has left the last weights in their place
     model.set_attn_implementation(attention)
     return trainer.state.log_history
 
@@ -293,7 +336,7 @@ def launch(
     if done.returncode:
         said = trouble.read_text(encoding="utf-8") if trouble.exists() else done.stderr.strip()[-2000:]
         raise BoigError(f"Fine-tuning in {processes} processes failed: {said}")
-    return *load_llm(str(run_dir/"model"), device), json.loads((run_dir/"log.json").read_text())
+    return *load_llm(str(run_dir/"model"), device, bits), json.loads((run_dir/"log.json").read_text())
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #7fdbbb02
 def _run_job(job: dict, train, valid, run_dir: Path) -> tuple: # model, tokenizer, log

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .evaluate import KPI_ORDER, score_answers, table1
 from .batches import encode_prompt
-from .generate import Constraint, GrammarProcessor
+from .generate import Constraint, GrammarProcessor, plain_decoding
 from ..benches.instructions import DataSpec, listing1
 from ..core import BoigError, derive_seed, digest, write_json
 from ..data.verbalization import parse
@@ -128,8 +128,9 @@ def answer_locally(
         pad = lambda fill, value: torch.tensor([value(ids[i][:P]) + [fill] * (width - len(ids[i])) + value(ids[i][P:]) for i in rows], device=model.device)
         processors = LogitsProcessorList([GrammarProcessor(constraint, len(rows), eos)] if constraint else [])
         cache = dict(past_key_values=Cache(layers=[SharedStart(l) for l in layers])) if layers else {}
-        out = model.generate(input_ids=pad(tokenizer.pad_token_id, list), attention_mask=pad(0, lambda x: [1] * len(x)), do_sample=False, max_new_tokens=max_new_tokens,
-                             eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, logits_processor=processors, **cache)[:, width:].tolist()
+        with plain_decoding(model):
+            out = model.generate(input_ids=pad(tokenizer.pad_token_id, list), attention_mask=pad(0, lambda x: [1] * len(x)), do_sample=False, max_new_tokens=max_new_tokens,
+                                 eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, logits_processor=processors, **cache)[:, width:].tolist()
         found |= {i: (o[:o.index(eos) + 1] if eos in o else o) for i, o in zip(rows, out)}
     return pd.DataFrame({"answer": [tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(ids))], "prompt_tokens": [len(i) for i in ids],
                          "answer_tokens": [len(found[i]) for i in range(len(ids))]})

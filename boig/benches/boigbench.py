@@ -108,15 +108,21 @@ def _gates(rules: Rules, start: str, end: str) -> dict[str, str]: # what it is -
     return gates
 
 # %% ../../nbs/48_benches/52_boigbench.ipynb #71336f6b
+_SOUND = """regexp_full_match(tweet_id::VARCHAR, '[0-9]{1,19}') AND TRY_CAST(tweet_id AS BIGINT) IS NOT NULL AND account::VARCHAR <> ''
+            AND year(created_at) IS NOT NULL AND likes >= 0::BIGINT AND number >= 0::BIGINT""" # does not bind if times or numbers are text
+
 def _open(con, posts):
-    "The posts as a view; BoigError if a column is missing."
+    "The posts as a view; BoigError if a column is missing or holds something else."
     files = [Path(p) for p in (posts if isinstance(posts, (list, tuple)) else [posts])]
     if lost := [f for f in files if not f.is_file()]: raise BoigError(f"There is no file '{lost[0]}'.")
     try: columns = [row[0] for row in con.execute(f"DESCRIBE FROM {parquet(*files)}").fetchall()]
     except duckdb.Error as e: raise BoigError(f"'{files[0]}' is no Parquet table: {str(e).splitlines()[0]}") from None
     if lost := [c for c in POSTS.names if c not in columns]: raise BoigError(f"'{files[0]}' lacks the columns {', '.join(lost)}: pass it through write_posts first.")
     con.execute(f"{MIX}; CREATE VIEW posts AS FROM {parquet(*files)}")
-    if not con.execute("SELECT count(*) FROM posts").fetchone()[0]: raise BoigError(f"'{files[0]}' has no rows.")
+    try: rows, sound = con.execute(f"SELECT count(*), count(*) FILTER ({_SOUND}) FROM posts").fetchone()
+    except duckdb.BinderException: raise BoigError(f"'{files[0]}' holds times or numbers as something else: pass it through write_posts first.") from None
+    if not rows: raise BoigError(f"'{files[0]}' has no rows.")
+    if sound < rows: raise BoigError(f"'{files[0]}' has {rows - sound:,} rows without a tweet's number, account, time or likes: pass it through write_posts first.")
 
 def _scan(con, rules: Rules, gates: dict[str, str]):
     "Count tweets and pictures of each account, number of likes and gate: tables hist, and ranked (of accounts with enough tweets, behind the gates)."

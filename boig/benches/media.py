@@ -207,10 +207,12 @@ def _places(folder: Path, wanted: dict, by_name: bool) -> dict[str, Path]: # key
 # %% ../../nbs/48_benches/53_media.ipynb #f25d6074
 def _look(place: Path, folder: Path, limits: Limits, unpack: bool) -> Path:
     "A file on disk; LeftOut unless it is a picture."
-    if not place.resolve().is_relative_to(folder.resolve()): raise LeftOut("outside the folder", place.name)
-    if not place.is_file(): raise LeftOut("no file", place.name)
-    if (size := place.stat().st_size) > limits.size: raise LeftOut("too large", f"{size:,} bytes, more than {limits.size:,}")
-    with place.open("rb") as f: data = f.read() if unpack else f.read(12)
+    try:
+        if not place.resolve().is_relative_to(folder.resolve()): raise LeftOut("outside the folder", place.name)
+        if not place.is_file(): raise LeftOut("no file", place.name)
+        if (size := place.stat().st_size) > limits.size: raise LeftOut("too large", f"{size:,} bytes, more than {limits.size:,}")
+        with place.open("rb") as f: data = f.read() if unpack else f.read(12)
+    except (OSError, ValueError, RuntimeError) as e: raise LeftOut("cannot be opened", str(e)[:120]) from None  # a name that no file can have, a loop of links, no right to read
     if unpack: inspect(data)
     elif not sniff(data): raise LeftOut("not a JPEG, PNG, GIF or WebP", repr(data))
     return place
@@ -234,10 +236,12 @@ class _Download:
         return place
 
 # %% ../../nbs/48_benches/53_media.ipynb #ee01a4af
+_HALF = re.compile(r"\..+\.[0-9a-f]{16}\.tmp\.(jpg|png|gif|webp)") # a picture of `atomic_path` that is not whole yet
+
 def _sweep(folder: Path):
-    "Remove what a killed download left; a young file may be somebody else's."
-    for tmp in folder.glob(".*.tmp*"):
-        if time() - tmp.stat().st_mtime > 3600: tmp.unlink(missing_ok=True)
+    "Remove what a killed download left; a young file may be another download's."
+    for tmp in folder.glob(".*.tmp.*"):
+        if _HALF.fullmatch(tmp.name) and tmp.is_file() and time() - tmp.stat().st_mtime > 3600: tmp.unlink(missing_ok=True)
 
 def collect_media(
     rows, # a frame or a Parquet file with a column `key`; `url` for a download, or `file`
@@ -256,7 +260,7 @@ def collect_media(
     if not folder.is_dir() and not download: raise BoigError(f"There is no folder '{folder}' of pictures.")
     wanted = _wanted(rows, [key, *([file] if file else [url] if download else [])])
     there = _places(folder, wanted, file is not None)
-    _sweep(folder)
+    if download: _sweep(folder)
     with Net(limits) as net, ThreadPoolExecutor(limits.at_once) as threads:
         bring = _Download(folder, net, rest)
         def one(k):

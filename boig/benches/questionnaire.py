@@ -186,10 +186,13 @@ def _answers_of(path: Path) -> tuple[str, str, list[dict]]: # questionnaire, rat
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             d = json.loads(text)
-            return d["questionnaire"], str(d["rater"]), d["answers"]
-        rows = list(csv.DictReader(io.StringIO(text)))
-        return rows[0]["questionnaire"], rows[0]["rater"], rows
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, IndexError, TypeError) as e: raise BoigError(f"'{path}' holds no answers of a questionnaire ({type(e).__name__}).") from e
+            name, rater, rows = d["questionnaire"], str(d["rater"]), d["answers"]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text)))
+            name, rater = rows[0]["questionnaire"], rows[0]["rater"]
+        if odd := [r for r in rows if not isinstance(r["question"], str)]: raise TypeError(odd[0])
+        return name, rater, rows
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as e: raise BoigError(f"'{path}' holds no answers of a questionnaire ({type(e).__name__}).") from e
 
 def _named(path: Path, row: dict, key: dict) -> dict:
     "An answer with what it was about."

@@ -56,7 +56,7 @@ def read_subject(
     "Any folder of pictures as a subject; BoigError for fewer than three."
     folder = Path(folder)
     if not folder.is_dir(): raise BoigError(f"There is no folder '{folder}' of pictures.")
-    pictures = tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES))
+    pictures = tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")))  # macOS writes ._00.png beside 00.png
     if len(pictures) < FEWEST: raise BoigError(f"'{folder}' holds {len(pictures)} pictures ({', '.join(_SUFFIXES)}); a subject needs {FEWEST} or more, best 4 to 6.")
     return BenchSubject(folder.name, noun, pictures, noun in live, description)
 
@@ -100,7 +100,8 @@ def read_dreambench(
     "A data set in DreamBench's layout; BoigError for what is missing."
     file = Path(folder)/PROMPTS_FILE
     if not file.is_file(): raise BoigError(f"'{folder}' has no {PROMPTS_FILE}: is it DreamBench's folder 'dataset'?")
-    classes, prompts = parse_prompts(file.read_text(encoding="utf-8"))
+    try: classes, prompts = parse_prompts(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError: raise BoigError(f"'{file}' is no UTF-8 text; save it as UTF-8.") from None
     for n in names or ():
         if n not in classes: raise closest(n, classes, "subject")
     chosen = list(names or classes)

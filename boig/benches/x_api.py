@@ -148,6 +148,18 @@ def _lines(path): # yields bytes, or None for a line that is too long
             while not line.endswith(b"\n") and (line := f.readline(LONGEST)): whole = None
             yield whole
 
+def _whole(path) -> list[bytes] | None: # its pages as lines; None: it has a page a line already
+    "A .json file that is one document: a page laid out over many lines, or an array of pages."
+    if not re.search(r"\.json(\.gz|\.zst)?$", str(path)): return None
+    with pa.input_stream(str(path)) as packed, io.BufferedReader(packed) as f:
+        start = f.readline(LONGEST)
+        try:
+            if isinstance(json.loads(start), dict): return None
+        except (ValueError, RecursionError): pass
+        try: pages = json.loads(start + f.read(LONGEST))
+        except (ValueError, RecursionError): return None
+    return [json.dumps(page).encode() for page in (pages if isinstance(pages, list) else [pages])]
+
 def _page(line: bytes | None) -> dict:
     "A line's page; ValueError says what it is instead."
     if line is None: raise ValueError(f"longer than {LONGEST:,} bytes")
@@ -157,13 +169,13 @@ def _page(line: bytes | None) -> dict:
     raise ValueError(f"an error instead of tweets: {json.dumps(errors)[:100]}" if errors else "no page of tweets")
 
 def read_pages(
-    path, # .jsonl, .jsonl.gz, .jsonl.zst: any name
+    path, # .jsonl, .jsonl.gz, .jsonl.zst: any name; a .json may be one document
     summary: Summary,
-): # yields (place, page)
+): # yields (place, page); a place is file:line, or file:page of an array
     "The pages of a file, one at a time; whatever is none is counted and skipped."
     n = 0
     try:
-        for n, line in enumerate(_lines(path), 1):
+        for n, line in enumerate(_whole(path) or _lines(path), 1):
             if line is not None and not line.strip(): continue
             try: page = _page(line)
             except (ValueError, RecursionError) as e: summary.skip("malformed", f"{path}:{n}", e); continue

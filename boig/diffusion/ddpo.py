@@ -248,13 +248,13 @@ def collect(
                 paths, bad = mend(draw_batch(run, texts, part, epoch, c.keep_graph and u == first))
                 call = (score, reward, paths.images, texts, context)
                 asked.append((part, bad, thread.submit(*call).result if thread else lambda answer=call[0](*call[1:]): answer))
-                updates[-1].append((part, replace(paths, images=paths.images[:0])))
+                updates[-1].append((part, replace(paths, images=paths.images[:0].clone())))
         rewards, problem = torch.zeros(c.samples), ""
         for part, bad, answer in asked:
             r, wrong = answer()
             rewards[part] = r.masked_fill(bad, torch.nan)
             problem = problem or wrong or ("the path ran into NaN or infinity" if bad.any() else "")
-    rewards = a.reduce(rewards.to(a.device)).cpu()
+    rewards = a.reduce(rewards.to(run.device)).cpu()
     return updates, rewards.masked_fill(~torch.isin(torch.arange(c.samples), numbers), torch.nan), problem
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #dc02acd9

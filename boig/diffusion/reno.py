@@ -10,8 +10,9 @@ import inspect
 import json
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from ..core import BoigError, atomic_path, derive_seed, digest
+from .pipeline import negatives
 from ..rewards.base import Reward
 
 # %% ../../nbs/50_diffusion/54_reno.ipynb #288e76a8
@@ -41,6 +43,8 @@ def _texts(pipe, prompts: list[str], sampling: dict) -> dict:
             states, pooled, _ = pipe.encode_prompt(prompts, None, pipe.device, max_sequence_length=sampling.get("max_sequence_length", 512))
             return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
     return {"prompt": prompts}
+
+
 
 def _first_noise(pipe, generators: list, sampling: dict) -> torch.Tensor: # [B, ...], standard normal, as the pipeline would draw it
     "What the pipeline starts from: [B, C, h, w], or FLUX's packed [B, tokens, channels]."
@@ -75,12 +79,21 @@ def _frozen(pipe):
         for p in trained: p.requires_grad_()
         for m, mode in modes: m.training = mode
 
+@contextmanager
+def _unchecked(pipe):
+    "Inside, no safety checker looks at the pictures: no gradient leads through it, and it blackens some."
+    checked = getattr(pipe, "safety_checker", None) is not None
+    if checked: pipe.run_safety_checker = lambda images, *_: (images, None)
+    try: yield
+    finally:
+        if checked: del pipe.run_safety_checker # the class's own is there again
+
 # %% ../../nbs/50_diffusion/54_reno.ipynb #196d81f1
 class Painter:
     "Noise in, pictures out: a pipeline's own sampling of some prompts, with gradients to the noise."
     def __init__(
         self,
-        pipe: DiffusionPipeline, # any that takes `latents`, and pictures' tensors as output
+        pipe: DiffusionPipeline, # any that takes `latents`, and pictures' tensors as output; its safety checker is not asked
         prompts: list[str], # B of them
         seeds: list[int], # B of them
         checkpointing: bool = False, # less memory, one more pass
@@ -88,7 +101,7 @@ class Painter:
     ):
         if not hasattr(pipe, "prepare_latents"): raise BoigError(f"{type(pipe).__name__} does not start from latents; take a text-to-image pipeline such as StableDiffusionPipeline or FluxPipeline.")
         if isinstance(prompts, str) or not len(prompts) or len(prompts) != len(seeds): raise BoigError("Pass a list with at least one prompt, and a seed for each.")
-        self.pipe, self.sampling, self.run = pipe, sampling, inspect.unwrap(type(pipe).__call__)
+        self.pipe, self.sampling, self.run = pipe, negatives(sampling, len(prompts)), inspect.unwrap(type(pipe).__call__)
         self.net = getattr(pipe, "unet", None) or pipe.transformer
         self.again = (self.net, pipe.vae.decoder) if checkpointing else ()
         self.texts, self.generators = _texts(pipe, list(prompts), sampling), [torch.Generator().manual_seed(s) for s in seeds]
@@ -97,7 +110,7 @@ class Painter:
 
     def __call__(self, noise: torch.Tensor) -> torch.Tensor: # [B, 3, H, W] in [0, 1]
         for g, state in zip(self.generators, self.states): g.set_state(state)
-        with _recomputed(*self.again):
+        with _recomputed(*self.again), _unchecked(self.pipe):
             x = self.run(self.pipe, **self.texts, latents=noise.to(self.net.dtype), generator=self.generators, output_type="pt", **self.sampling).images
         return x.to(noise.dtype)
 
@@ -219,6 +232,27 @@ def _gradient(loss: torch.Tensor, total: torch.Tensor, noise: torch.Tensor) -> t
     if not total.requires_grad: raise BoigError("No gradient leads from the rewards to the noise: a reward, or the pipeline, cuts it.")
     return torch.autograd.grad(torch.where(total.isfinite(), loss, 0).sum(), noise)[0]
 
+# %% ../../nbs/50_diffusion/54_reno.ipynb #5c0e9d17
+def _content(value):
+    "As JSON, and the same in every process: of numbers and pictures a digest, of objects that say nothing else their class."
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, Path): return str(value)
+    if isinstance(value, torch.Tensor): value = value.detach().cpu().double().numpy()
+    if hasattr(value, "tobytes"): value = value.tobytes() # NumPy's, PIL's
+    if isinstance(value, bytes): return sha256(value).hexdigest()
+    if is_dataclass(value): value = vars(value)
+    if isinstance(value, dict): return {str(k): _content(v) for k, v in value.items()}
+    return [_content(v) for v in value] if isinstance(value, (list, tuple)) else type(value).__name__
+
+def _settings(pipe) -> list:
+    "What tells a pipeline from others: its parts, their settings, and of each weight tensor some 2¹⁶ numbers, evenly taken; a training changes them all."
+    told = [type(pipe).__name__]
+    for name, part in sorted(pipe.components.items()):
+        config, weights = getattr(part, "config", None), part.parameters() if isinstance(part, torch.nn.Module) else ()
+        told.append([name, type(part).__name__, _content({k: v for k, v in config.items() if k[0] != "_"} if isinstance(config, dict) else {}), # _: paths, versions
+                     [_content(w.flatten()[::1 + (w.numel() >> 16)]) for w in weights]])
+    return told
+
 # %% ../../nbs/50_diffusion/54_reno.ipynb #86bac732
 def _keep(file: Path, part: Optimised, plan: str):
     "A finished batch as a file."
@@ -230,7 +264,7 @@ def _kept(file: Path, plan: str) -> Optimised | None:
     "A batch that was finished before; BoigError if it was another one."
     if not file.is_file(): return None
     with safe_open(file, "pt") as f:
-        if f.metadata()["plan"] != plan: raise BoigError(f"'{file.parent}' holds pictures of another call (other prompts, rewards, settings or seed). Choose another folder.")
+        if f.metadata()["plan"] != plan: raise BoigError(f"'{file.parent}' holds pictures of another call (another pipeline, other prompts, rewards, settings or seed). Choose another folder.")
         images, before, noise, log = map(f.get_tensor, ("images", "before", "noise", "history"))
         log = pd.DataFrame(log.numpy(), columns=json.loads(f.metadata()["columns"])).astype({"picture": int, "step": int, "best": bool, "stopped": bool})
     return Optimised(images, before, noise, log)
@@ -242,21 +276,22 @@ def optimise_noise(
     rewards, # a Reward, a Term, or a list of them; all differentiable
     config: RenoConfig = RenoConfig(),
     seed: int = 0, # picture n starts from the noise of picture n of `draw(pipe, prompts, seed)`
-    folder=None, # for finished batches; a killed call goes on from there (it knows a reward by its name and weight only)
+    folder=None, # for finished batches; a killed call goes on from there (it knows a reward by its name, weight and context only)
     watch=None, # (numbers of the pictures, step, pictures), after each drawing
     **sampling, # num_inference_steps, guidance_scale, and whatever else the pipeline takes
 ) -> Optimised:
     "ReNO: pictures of prompts whose noise climbed the rewards."
     if isinstance(prompts, str) or not len(prompts): raise BoigError("There are no prompts; pass a list with at least one.")
     terms, parts = _terms(rewards, len(prompts)), []
-    plan = digest([list(prompts), [(t.reward.name, t.weight) for t in terms], asdict(config), seed, sampling])
+    plan = digest([_settings(pipe), list(prompts), [(t.reward.name, t.weight, _content(t.context)) for t in terms], asdict(config), seed, _content(sampling)]) if folder else ""
     with _frozen(pipe):
         for k in range(0, len(prompts), config.batch_size):
-            texts = list(prompts[k:k + config.batch_size])
+            at = slice(k, k + config.batch_size)
+            texts = list(prompts[at])
             part = _kept(file := Path(folder)/f"{k:06}.safetensors", plan) if folder else None
             if part is None:
-                paint = Painter(pipe, texts, [derive_seed(seed, "picture", k + i) for i in range(len(texts))], config.checkpointing, **sampling)
-                own = [replace(t, context=t.context[k:k + len(texts)]) if isinstance(t.context, list) else t for t in terms]
+                paint = Painter(pipe, texts, [derive_seed(seed, "picture", k + i) for i in range(len(texts))], config.checkpointing, **negatives(sampling, len(prompts), at))
+                own = [replace(t, context=t.context[at]) if isinstance(t.context, list) else t for t in terms]
                 part = climb(paint, texts, own, config, watch and partial(watch, list(range(k, k + len(texts)))))
                 if folder: _keep(file, part, plan)
             parts.append(replace(part, history=part.history.assign(picture=part.history.picture + k)))

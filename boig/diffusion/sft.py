@@ -8,6 +8,7 @@ __all__ = ['noisy', 'denoising_loss', 'Shown', 'encode', 'SFTConfig', 'dice', 't
 # %% ../../nbs/50_diffusion/53_sft.ipynb #e43d7144
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 
 import pandas as pd
 import torch
@@ -54,6 +55,8 @@ class Shown:
     states: torch.Tensor # [U + 1, L, D], of the different texts, and last of the empty one
     text: torch.Tensor # int64 [N], each picture's place among them
 
+def _tensor(image) -> torch.Tensor: return image if isinstance(image, torch.Tensor) else to_tensor(image)
+
 @torch.no_grad()
 def encode(
     pipe: StableDiffusionPipeline,
@@ -62,10 +65,11 @@ def encode(
     batch_size: int = 16,
 ) -> Shown:
     "Pictures and texts through the frozen parts."
-    size, means, stds = pipe.unet.config.sample_size * pipe.vae_scale_factor, [], []
+    side, means, stds = pipe.unet.config.sample_size, [], []
+    height, width = (s * pipe.vae_scale_factor for s in ((side, side) if isinstance(side, int) else side))
     for k in range(0, len(images), batch_size):
-        x = torch.stack([i if isinstance(i, torch.Tensor) else to_tensor(i) for i in images[k:k + batch_size]])
-        if x.shape[1:] != (3, size, size): raise BoigError(f"This pipeline learns from pictures of {size}×{size}; these are {list(x.shape[1:])}. Resize them first.")
+        x = torch.stack([_tensor(i) for i in images[k:k + batch_size]])
+        if x.shape[1:] != (3, height, width): raise BoigError(f"This pipeline learns from pictures of {height}×{width}; these are {list(x.shape[1:])}. Resize them first.")
         z = pipe.vae.encode((2 * x - 1).to(pipe.device, pipe.vae.dtype))
         mean, std = (z.latents, torch.zeros_like(z.latents)) if isinstance(pipe.vae, AutoencoderTiny) else (z.latent_dist.mean, z.latent_dist.std)
         means.append(mean.float().cpu() * pipe.vae.config.scaling_factor)
@@ -94,6 +98,12 @@ def _check(pipe, c: SFTConfig, images, texts):
     check_positive(c, "epochs", "batch_size", "micro_batch")
     if not 0 <= c.empty < 1: raise BoigError("empty must lie in [0, 1).")
 
+def _digest(images) -> str: # 12 characters
+    "A name for the pictures themselves, to 1/255; the last digits of their latents are the machine's."
+    seen = sha256()
+    for i in images: seen.update((_tensor(i) * 255).round().clamp(0, 255).byte().cpu().numpy().tobytes())
+    return seen.hexdigest()[:12]
+
 # %% ../../nbs/50_diffusion/53_sft.ipynb #a5b71d5f
 def dice(shown: Shown, numbers: torch.Tensor, config: SFTConfig, T: int, epoch: int):
     "Latents [B, C, h, w], noise [B, C, h, w], times [B] and text states [B, L, D] of some pictures."
@@ -107,11 +117,13 @@ def dice(shown: Shown, numbers: torch.Tensor, config: SFTConfig, T: int, epoch: 
 
 def _epoch(run: Tuning, shown: Shown, scheduler, epoch: int) -> dict[str, float]:
     "Every picture once; the epoch's row of the log."
-    c, a, started, total, norms = run.config, run.accelerator, time.monotonic(), 0.0, []
+    c, a, started, norms = run.config, run.accelerator, time.monotonic(), []
+    total = torch.zeros((), device=run.device)
     order = torch.randperm(len(shown.text), generator=torch.Generator().manual_seed(derive_seed(c.seed, "order", epoch)))
     for batch in order.split(c.batch_size):
         for part in batch[a.process_index::a.num_processes].split(c.micro_batch):
-            x0, noise, t, states = (v.to(a.device) for v in dice(shown, part, c, scheduler.config.num_train_timesteps, epoch))
+            if not len(part): continue # the last batch may have no picture for this process
+            x0, noise, t, states = (v.to(run.device) for v in dice(shown, part, c, scheduler.config.num_train_timesteps, epoch))
             with run.autocast(): loss = denoising_loss(run.pipe.unet, scheduler, x0, noise, t, states).sum()
             run.scaler.scale(loss / len(batch)).backward()
             total = total + loss.detach()
@@ -130,8 +142,7 @@ def train_sft(
 ) -> pd.DataFrame: # the log, one row an epoch
     "Fine-tune the denoiser on pictures, or go on where a stopped run was (BOIG §3.3)."
     _check(pipe, config, images, texts)
-    run = Tuning(pipe, folder, config, {"texts": digest(list(texts))})
+    run = Tuning(pipe, folder, config, {"texts": digest(list(texts)), "set of training pictures": f"{len(images)}, {_digest(images)}"})
     shown = encode(pipe, images, texts)
-    run.plan["set of pictures"] = f"{len(images)}, mean square {float(shown.mean.double().square().mean()):.6g}"
     load_run(run)
     return train_epochs(run, lambda epoch: _epoch(run, shown, pipe.scheduler, epoch), "loss", watch=watch, progress=progress)

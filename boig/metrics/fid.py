@@ -214,7 +214,7 @@ def _eight_bits(images: torch.Tensor) -> torch.Tensor: return (images * 255).rou
 
 def _pytorch_fid(images): return 2 * F.interpolate(_eight_bits(images) / 255, (299, 299), mode="bilinear", align_corners=False) - 1
 
-def _clean_fid(images): return (F.interpolate(_eight_bits(images), (299, 299), mode="bicubic", antialias=True, align_corners=False) - 128) / 128
+def _clean_fid(images): return (F.interpolate(_eight_bits(images), (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255) - 128) / 128 # bicubic overshoots
 
 FID_INPUTS = {"pytorch-fid": _pytorch_fid, "clean-fid": _clean_fid} # [B, 3, H, W] in [0, 1] -> [B, 3, 299, 299]
 

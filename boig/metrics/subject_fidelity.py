@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ..core import BoigError, derive_seed
-from .verbalization_metrics import bootstrap_means
+from .verbalization_metrics import bootstrap_means, tails
 from ..perception.pixels import by_size
 
 # %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #c2ca7c0e
@@ -71,7 +71,7 @@ def fidelity_table(
     rows = []
     for method, part in scores.groupby("method", sort=False):
         cells = _cells(part, by)
-        stats = bootstrap_means(part[list(metrics)].to_numpy(float), resamples, derive_seed(seed, "fidelity", method), cells)
+        stats = bootstrap_means(part[list(metrics)].to_numpy(float), resamples, derive_seed(seed, "fidelity", method), cells, few=True)
         row = {"Method": method, "n": len(part), "cells": cells.nunique()}
         for m, (mean, low, high, n) in zip(metrics, stats.T):
             if cells[part[m].notna()].nunique() < CELLS: low = high = np.nan
@@ -99,7 +99,7 @@ def fidelity_differences(
     for m in metrics:
         values = gaps[m].dropna().to_numpy(float)
         rng, n = np.random.default_rng(derive_seed(seed, "differences", a, b, m)), len(values)
-        low, high = np.percentile(values[rng.integers(0, n, (resamples, n))].mean(1), [2.5, 97.5]) if n >= CELLS else (np.nan, np.nan)
+        low, high = np.percentile(values[rng.integers(0, n, (resamples, n))].mean(1), tails(n)) if n >= CELLS else (np.nan, np.nan)
         verdict = "not measurable" if n < CELLS else "better" if low > 0 else "worse" if high < 0 else "undecided"
         rows.append({"Comparison": f"{a} − {b}", "Metric": m, "gain": values.mean() if n else np.nan, "low": low, "high": high, "n": n, "verdict": verdict})
     return pd.DataFrame(rows)
@@ -121,7 +121,7 @@ def change_costs(
 ) -> pd.DataFrame: # a row a change: score, cost, low, high
     "How much each change lowers the score, paired by picture."
     costs = scores.iloc[:, [0]].to_numpy() - scores.to_numpy()
-    mean, low, high, _ = bootstrap_means(costs, resamples, derive_seed(seed, "changes"), groups)
+    mean, low, high, _ = bootstrap_means(costs, resamples, derive_seed(seed, "changes"), groups, few=True)
     return pd.DataFrame({"score": scores.mean(), "cost": mean, "low": low, "high": high})
 
 def prefers_failures(

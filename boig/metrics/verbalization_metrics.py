@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'TAU_COSINE', 'TAU_RGB', 'FEWEST', 'colors_iou', 'colors_cosine', 'colors_rgb_distance', 'coverage_rmse',
-           'object_metrics', 'score_verbalizations', 'bootstrap_means']
+           'object_metrics', 'score_verbalizations', 'tails', 'bootstrap_means']
 
 # %% ../../nbs/40_metrics/41_verbalization_metrics.ipynb #ebf989ac
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ..core import BoigError
 from ..data.palette import COLOR_NAMES, TONE_NAMES, palette_rgb
@@ -132,11 +133,18 @@ def score_verbalizations(
 # %% ../../nbs/40_metrics/41_verbalization_metrics.ipynb #31648d39
 FEWEST = 10 # defined values below which no interval is given
 
+def tails(groups: int) -> list[float]: # two percentiles
+    "Where a 95 % interval ends among the means of resampled groups: further out if they are few, for then resamples vary too little (expanded percentiles, Hesterberg 2015)."
+    g = max(groups, 2)
+    far = 100 * stats.norm.cdf(-stats.t.ppf(0.975, g - 1) * (g / (g - 1))**0.5)
+    return [far, 100 - far]
+
 def bootstrap_means(
     scores: np.ndarray, # [N, M], NaN = undefined
     resamples: int, # R
     seed: int,
     groups=None, # [N] labels of rows that are drawn together; None = each row by itself
+    few: bool = False, # there may be few groups: see `tails`
 ) -> np.ndarray: # [4, M]: mean, lower and upper end of the 95% interval, number defined
     "Column means over defined values, with percentile bootstrap intervals over rows or groups of rows."
     scores = np.asarray(scores, dtype=float)
@@ -149,5 +157,5 @@ def bootstrap_means(
     means = _ratio(W @ np.where(defined, scores, 0), W @ defined)
     enough = defined.sum(0) >= FEWEST
     ends = np.full((2, scores.shape[1]), np.nan)
-    ends[:, enough] = np.nanpercentile(means[:, enough], [2.5, 97.5], axis=0)
+    ends[:, enough] = np.nanpercentile(means[:, enough], tails(k) if few else [2.5, 97.5], axis=0)
     return np.stack([mean, *ends, defined.sum(0)])

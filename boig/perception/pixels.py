@@ -39,10 +39,11 @@ def open_rgb(
         picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if (n := picture.width * picture.height) > MAX_PIXELS: raise BoigError(f"{what} has {n:,} pixels, more than {MAX_PIXELS:,}; make it smaller.")
         return _flat(ImageOps.exif_transpose(picture))
+    except (BoigError, MemoryError): raise
     except Image.DecompressionBombError: raise BoigError(f"{what} has more than {MAX_PIXELS:,} pixels; make it smaller.") from None
     except FileNotFoundError: raise BoigError(f"There is no file {what}.") from None
     except UnidentifiedImageError: raise BoigError(f"{what} is not a picture that can be read.") from None
-    except (OSError, SyntaxError, ValueError) as e: raise BoigError(f"{what} is damaged ({e}).") from None
+    except Exception as e: raise BoigError(f"{what} is damaged ({e}).") from None  # odd bytes, in EXIF above all, make Pillow raise anything
 
 # %% ../../nbs/30_perception/32_pixels.ipynb #51445cdc
 def check_pictures(images: torch.Tensor) -> torch.Tensor: # the same

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'verbalize_rows', 'weights_hash', 'code_hash', 'what_runs', 'Pictures', 'pictures_of', 'Shard', 'content_hash',
-           'cut', 'read_shard', 'run_shard', 'gather', 'Shards', 'verbalize_table']
+           'cut', 'read_shard', 'read_plan', 'run_shard', 'gather', 'Shards', 'verbalize_table']
 
 # %% ../../nbs/30_perception/38_shards.ipynb #10df75c4
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -162,6 +163,15 @@ def read_shard(
     except (OSError, pa.ArrowException): return None
     return rows if rows.schema.equals(ROWS) and rows["id"].to_pylist() == shard.ids else None
 
+def read_plan(path) -> pa.Table | None: # None: there is none
+    "What `Shards.plan` wrote; BoigError if the file is something else."
+    if not (path := Path(path)).exists(): return None
+    try:
+        with pq.ParquetFile(path) as file: plan = file.read()
+        if plan.column_names == ["id", "content"] and b"runs" in (plan.schema.metadata or {}): return plan
+    except (OSError, pa.ArrowException): pass
+    raise BoigError(f"'{path}' is no plan of shards; choose another folder, or move that file away.")
+
 def _write(path, rows: pa.Table) -> Path:
     "Rows as Parquet with checksums, whole or not at all."
     with atomic_path(path) as tmp: pq.write_table(rows, tmp, write_page_checksum=True)
@@ -177,12 +187,14 @@ def run_shard(folder, shard: Shard, pictures: Pictures, verbalizer, captions: bo
     return _write(path, verbalize_rows([(i, data[r]) for i, r in zip(shard.ids, shard.rows)], verbalizer, captions))
 
 # %% ../../nbs/30_perception/38_shards.ipynb #3ea1d3c9
+_OWN = re.compile(r"[0-9a-f]{32}\.parquet|\.([0-9a-f]{32}|plan|verbalizations|manifest)\.[0-9a-f]{16}\.tmp\.(parquet|json)") # a shard, or what a killed write left
+
 def gather(
     folder,
     shards: list[Shard], # all of them done
     runs: dict, # from `what_runs`
 ) -> pa.Table: # ROWS, in the table's order
-    "Put the shards together as `verbalizations.parquet`, write `manifest.json`, then remove what is not in it."
+    "Put the shards together as `verbalizations.parquet`, write `manifest.json`, then remove the shards that are not in it."
     folder = Path(folder)
     files = {s.key: folder/"shards"/f"{s.key}.parquet" for s in shards}
     parts = [read_shard(files[s.key], s) for s in shards]
@@ -194,7 +206,8 @@ def gather(
     write_json(folder/"manifest.json", {
         "file": whole.name, "sha256": sha256_file(whole), "rows": len(rows), "left out": dict(errors.most_common()), "made by": runs,
         "shards": [{"key": s.key, "file": f"shards/{s.key}.parquet", "sha256": sha256_file(files[s.key]), "rows": len(s.rows)} for s in shards]})
-    for stale in {*folder.glob("shards/*"), *folder.glob(".*.tmp*")} - set(files.values()): stale.unlink(missing_ok=True)
+    for stale in {*folder.glob("shards/*"), *folder.glob(".*.tmp.*")} - set(files.values()):
+        if _OWN.fullmatch(stale.name) and stale.is_file(): stale.unlink(missing_ok=True)
     return rows
 
 # %% ../../nbs/30_perception/38_shards.ipynb #c2124bae
@@ -215,6 +228,7 @@ class Shards:
 
     def plan(self) -> list[Shard]:
         "Step 1: look at the bytes of all pictures."
+        read_plan(self.folder/"plan.parquet")  # never write over somebody else's
         contents = [content_hash(data) for _, data in self.pictures.at(range(len(self.pictures.ids)))]
         rows = pa.table({"id": pa.array(self.pictures.ids, pa.string()), "content": pa.array(contents, pa.string())})
         self._cut = cut(self.pictures.ids, contents, self.runs, self.shard_rows)
@@ -224,8 +238,8 @@ class Shards:
     def shards(self) -> list[Shard]:
         "What was planned, here or by another process."
         if self._cut is None:
-            if not (self.folder/"plan.parquet").is_file(): raise BoigError(f"'{self.folder}' has no plan; call plan() first.")
-            with pq.ParquetFile(self.folder/"plan.parquet") as file: plan = file.read()
+            plan = read_plan(self.folder/"plan.parquet")
+            if plan is None: raise BoigError(f"'{self.folder}' has no plan; call plan() first.")
             if plan.schema.metadata[b"runs"].decode() != digest([self.runs, self.shard_rows]) or plan["id"].to_pylist() != self.pictures.ids:
                 raise BoigError(f"The plan in '{self.folder}' was made for other rows or another verbalizer; call plan() again.")
             self._cut = cut(self.pictures.ids, plan["content"].to_pylist(), self.runs, self.shard_rows)

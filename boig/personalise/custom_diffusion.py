@@ -74,7 +74,7 @@ def train_custom_diffusion(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach the attention a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject)
+    check_words(pipe.tokenizer, subject, identifier=False)
     pictures = read_pictures(subject.pictures, picture_size(pipe))
     own, prior, model = encode(pipe, pictures), prior_latents(pipe, subject, config, class_folder or Path(folder)/"class"), fingerprint(pipe.unet.parameters())
     token = add_word(pipe, config.word, config.like or rare_words(pipe.tokenizer, 1)[0])

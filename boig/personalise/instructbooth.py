@@ -38,7 +38,7 @@ class Plainly:
     "A reward that is given its prompts without the identifier."
     def __init__(self, reward, subject: Subject):
         self.reward, self.subject = reward, subject
-        self.name, self.differentiable = getattr(reward, "name", type(reward).__name__), getattr(reward, "differentiable", False)
+        self.name, self.differentiable = f"{getattr(reward, 'name', type(reward).__name__)}, without '{subject.identifier}'", getattr(reward, "differentiable", False)
 
     def __call__(self, images: torch.Tensor, prompts: list[str], context: dict | None = None) -> torch.Tensor: # [B]
         return self.reward(images, [p.replace(self.subject.words(), self.subject.words(False)) for p in prompts], context)

@@ -37,7 +37,7 @@ class NeTIMapper(nn.Module):
         self.out = nn.Linear(hidden, 2 * dim)
 
     def code(self, t: torch.Tensor, l: torch.Tensor) -> torch.Tensor: # [N] each -> [N, 2 codes], unit length
-        angle = torch.stack([t, l], 1).to(self.w.dtype) @ self.w.T
+        with torch.autocast(t.device.type, enabled=False): angle = torch.stack([t, l], 1).to(self.w.dtype) @ self.w.T # in half precision, times would fall together
         return F.normalize(torch.cat([angle.sin(), angle.cos()], 1), dim=1)
 
     def forward(self, t: torch.Tensor, l: torch.Tensor, keep: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]: # keep [N]: so many hidden numbers; two [N, dim]
@@ -154,7 +154,7 @@ def train_neti(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach a network the word for a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject)
+    check_words(pipe.tokenizer, subject, identifier=False)
     pictures, like = read_pictures(subject.pictures, picture_size(pipe)), config.like or subject.noun
     own, token = encode(pipe, pictures), add_word(pipe, config.word, like)
     seed_everything(derive_seed(config.seed, "mapper"))

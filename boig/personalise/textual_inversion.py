@@ -40,7 +40,7 @@ def train_textual_inversion(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Find the word for a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject)
+    check_words(pipe.tokenizer, subject, identifier=False)
     pictures = read_pictures(subject.pictures, picture_size(pipe))
     own, token = encode(pipe, pictures), add_word(pipe, config.word, config.like or subject.noun)
     table = pipe.text_encoder.get_input_embeddings().weight

@@ -20,7 +20,8 @@ from transformers import CLIPImageProcessorPil
 from ..behaviour.incontext import Server
 from ..benches.pickapic import HistoryRules, build_histories
 from ..benches.tastes import POCKET_DIMENSIONS, make_agents, write_agents
-from ..core import BoigError, derive_seed
+from ..core import BoigError, derive_seed, get_device
+from ..perception.pixels import by_size
 from ..pocket.judges import choice_loss
 from ..pocket.training import fit, save_model
 from .loss import LossConfig
@@ -55,8 +56,8 @@ def score_by_reward(
     keys = list(asked)
     for at in range(0, len(keys), at_once):
         part = keys[at:at + at_once]
-        s = reward(torch.stack([data.pictures[u] for u, _ in part]), [p for _, p in part])
-        asked |= dict(zip(part, s.tolist()))
+        s = by_size(lambda images, rows: reward(images, [part[i][1] for i in rows]), [data.pictures[u] for u, _ in part], at_once)
+        asked |= dict(zip(part, map(float, s)))
     return [np.array([asked[u, c.prompt] for u in (c.liked, *c.disliked)]) for c in cases.itertuples()]
 
 def guess(cases: pd.DataFrame) -> list[np.ndarray]:
@@ -74,17 +75,19 @@ def train_pickscore(
     muon_lr: float = 3e-5, # of the matrices, by Muon, as all of the pocket zoo (theirs: AdamW for all)
     seed: int = 0,
     run=None, # folder of the checkpoint; None = run/ below `folder`
+    device: str = "auto",
 ) -> ClipScore:
     "Train a CLIP on the training users' choices, or go on; saved as a judge that `load_clip_score` reads."
     model, tokenizer, preprocess = load_clip(base)
+    model.to(get_device(device))
     rows = data.train[["liked", "disliked", "caption"]].to_numpy()
     def draw(i):
         part = rows[np.random.default_rng(derive_seed(seed, "pickscore", i)).integers(len(rows), size=batch)]
-        return torch.stack([data.pictures[u] for good, bad, _ in part for u in (good, bad)]), [text for *_, text in part]
+        return torch.cat([preprocess.resize(data.pictures[u][None]) for good, bad, _ in part for u in (good, bad)]), [text for *_, text in part]
     def loss(model, drawn):
         images, texts = embed_images(model, preprocess, drawn[0]), embed_texts(model, tokenizer, drawn[1])
         scores = model.logit_scale.exp() * (images.view(len(texts), 2, -1) * texts[:, None]).sum(-1)
-        return {"loss": choice_loss(scores.float(), torch.zeros(len(texts), dtype=torch.long)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
+        return {"loss": choice_loss(scores.float(), torch.zeros(len(texts), dtype=torch.long, device=scores.device)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
     model.requires_grad_(True)
     log = fit(model, draw, loss, steps, run or Path(folder)/"run", lr=lr, muon_lr=muon_lr, seed=seed, log_every=min(steps, 10))
     save_model(model.eval(), folder, log)

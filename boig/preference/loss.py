@@ -18,9 +18,10 @@ def like_probability(
     logits: torch.Tensor, # [..., V]
     like: int, # id of the token "+"
     dislike: int, # id of "-"
-) -> torch.Tensor: # [...] float32, in (0, 1)
+) -> torch.Tensor: # [...] in (0, 1), float32 at least
     "The probability that the picture is liked (eq. 6)."
-    return torch.sigmoid(logits[..., like].float() - logits[..., dislike].float())
+    yes, no = (logits[..., i].to(torch.promote_types(logits.dtype, torch.float32)) for i in (like, dislike))
+    return torch.sigmoid(yes - no)
 
 # %% ../../nbs/70_preference/71_loss.ipynb #904ffe76
 def base_loss(

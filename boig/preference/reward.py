@@ -25,14 +25,14 @@ class PreferenceReward:
         least: int = 1, # liked pictures, and disliked ones, that a history must have; 0 = also an empty one
     ):
         self.model, self.name, self.least = model.eval().requires_grad_(False), name, least
-        self.history, self._known = None, None
+        self.history, self._met, self._known = None if history is None else list(history), None, None
         if history is not None: self.meet(history)
 
     def meet(self, history: list[Rated]) -> Read:
         "Read a user's history, if it is not the one at hand."
-        if self.history is None or len(history) != len(self.history) or any(a is not b for a, b in zip(history, self.history)):
+        if self._met is None or len(history) != len(self._met) or any(a is not b for a, b in zip(history, self._met)):
             with torch.no_grad(): self._known = read(self.model, [check_history(history, self.least)])
-            self.history = list(history)
+            self._met = list(history)
         return self._known
 
     def __call__(

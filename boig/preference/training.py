@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..benches.pickapic import Pictures
-from ..core import BoigError, atomic_path, closest, derive_seed
+from ..core import BoigError, atomic_path, closest, derive_seed, digest
+from ..diffusion.tuning import fingerprint
 from ..pocket.training import Muon, bf16_pays
 from .loss import LossConfig, like_probability, preference_loss
 from .model import PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, read
@@ -213,7 +214,7 @@ def _resume(path: Path, own: dict, optimizers: list, plan: dict) -> dict: # {"pl
     "What the folder's run had reached, or a beginning; BoigError if it had other settings."
     if not path.exists(): return {"plan": plan, "step": 0, "log": []}
     with safe_open(path, "pt") as f: meta = json.loads(f.metadata()["boig"])
-    if other := [k for k in plan if meta["plan"].get(k) != plan[k]]: raise BoigError(f"{path.parent} holds a run with another {other[0]} ({meta['plan'].get(other[0])}). Train into another folder, or delete this one.")
+    if other := [k for k in plan if meta["plan"].get(k, plan[k]) != plan[k]]: raise BoigError(f"{path.parent} holds a run with another {other[0]} ({meta['plan'].get(other[0])}). Train into another folder, or delete this one.")
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, t in load_file(path).items():
         parameter, _, what = name.rpartition("|")
@@ -236,11 +237,13 @@ def train_preference(
     a = Accelerator(cpu=model.idefics.device.type == "cpu")
     if config.batch // config.micro % a.num_processes: raise BoigError(f"{config.batch // config.micro} parts of a step (batch / micro) can't be shared evenly by {a.num_processes} processes; change batch or micro.")
     if a.num_processes > 1 and not getattr(model.idefics, "is_quantized", False): model.to(a.device)
+    start = fingerprint(model.parameters())
     own, path = choose_trained(model, config), Path(folder)/"checkpoint.safetensors"
     optimizers, idefics = _optimizers(own, config), model.idefics
     usual = idefics.config._attn_implementation
     if config.plain_attention: idefics.set_attn_implementation("eager")
-    plan = json.loads(json.dumps({**asdict(config), "save_every": 0, "model": asdict(model.config), "rows": len(data.train)})) # lists for tuples, as the file has them
+    plan = json.loads(json.dumps({**asdict(config), "save_every": 0, "model": asdict(model.config), "rows": len(data.train),
+                                  "choices": digest(data.train[["liked", "disliked", "caption"]].to_json()), "starting weights": start})) # lists for tuples, as the file has them
     meta = _resume(path, own, optimizers, plan)
     if config.checkpointing: model.idefics.gradient_checkpointing_enable({"use_reentrant": False})
     for step in tqdm(range(meta["step"], config.steps), initial=meta["step"], total=config.steps, disable=not progress or not a.is_main_process):
@@ -264,6 +267,7 @@ def score_cases(
     cases: pd.DataFrame, # rows of data.cases
     history: Callable | None = None, # case -> list[Rated], asked once a user; None = the case's own, 8 pairs
     users: int = 8, # read at once
+    at_once: int = 64, # pictures judged at once
 ) -> list[np.ndarray]: # of each case: p(x) of the liked picture, then of its rivals
     "How likely each candidate of each case is liked."
     model.eval()
@@ -276,9 +280,9 @@ def score_cases(
         known = read(model, [own(rows[g[0]]) for g in part])
         asked = [(k, n, uid) for k, g in enumerate(part) for n in g for uid in (rows[n].liked, *rows[n].disliked)]
         p = []
-        for i in range(0, len(asked), 64):
-            owner, which, uids = zip(*asked[i:i + 64])
+        for i in range(0, len(asked), at_once):
+            owner, which, uids = zip(*asked[i:i + at_once])
             v = judge(model, known, owner, [data.pictures[u] for u in uids], [rows[n].prompt for n in which])
-            p += like_probability(v.logits, model.words.like, model.words.dislike).tolist()
+            p += like_probability(v.logits.double(), model.words.like, model.words.dislike).tolist()  # in single precision sure answers would tie
         for (_, n, _), value in zip(asked, p): found[n] = [*(found[n] or []), value]
     return [np.array(f) for f in found]

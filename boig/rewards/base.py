@@ -54,15 +54,16 @@ class Registered:
     about: str # what a score means, and its range
 
 _REGISTRY: dict[str, Registered] = {}
-_MODULES = ["clip_scores", "aesthetic", "image_reward", "similarity"] # of this package that register on import
+_LATER = {"boig": "boig.behaviour.reward", "preference": "boig.preference.reward"} # slow to import: only when asked for
 
 def register(name: str, load: Callable, weights: str = "", needs: str = "prompts", about: str = ""):
     "Make `load_reward(name)` work; the same name again replaces it."
     _REGISTRY[name] = Registered(name, load, weights, needs, about)
 
-def registered() -> dict[str, Registered]:
-    "Everything that `load_reward` knows, by name."
-    for module in _MODULES: importlib.import_module(f"boig.rewards.{module}")
+def registered(names=_LATER) -> dict[str, Registered]:
+    "Everything that `load_reward` knows, by name; of the slow ones those in `names`."
+    from boig.rewards import clip_scores, aesthetic, image_reward, similarity # noqa: F401 (they register themselves; said in words, so that results depend on their code)
+    for name in _LATER.keys() & set(names): importlib.import_module(_LATER[name])
     return _REGISTRY
 
 def load_reward(
@@ -72,8 +73,8 @@ def load_reward(
     **options, # of the reward itself
 ) -> Reward:
     "A reward, ready to score; BoigError for an unknown name or weights that do not fit."
-    known = registered()
-    if name not in known: raise closest(name, known, "reward")
+    known = registered([name])
+    if name not in known: raise closest(name, registered(), "reward")
     return known[name].load(weights or known[name].weights, name, device, **options)
 
 def reward_table() -> pd.DataFrame:

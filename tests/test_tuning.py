@@ -1,0 +1,74 @@
+"What all trainings of a denoiser share: no weight is rounded, no other run or base is taken for one's own, the watch sees what the result will be."
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from test_sampler import tiny
+from test_sft import SMALL, train, weights
+
+from boig.core import BoigError
+from boig.diffusion.tuning import averaged, fingerprint
+
+
+def everything(pipe): return {f"{part}.{n}": p.detach().clone() for part in ("unet", "vae", "text_encoder") for n, p in getattr(pipe, part).named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_half_precision_rounds_no_weight(tmp_path, precision, lora):
+    before = everything(tiny())
+    pipe, _ = train(tmp_path, dataclasses.replace(SMALL, precision=precision, lora_rank=lora, lr=1e-12, weight_decay=0.0, epochs=1))
+    after = {n.replace(".base_layer", ""): p for n, p in everything(pipe).items()}
+    for n, p in before.items(): torch.testing.assert_close(after[n], p, rtol=0, atol=1e-9)
+    if not lora: torch.testing.assert_close(everything(StableDiffusionPipeline.from_pretrained(tmp_path/"pipeline")), before, rtol=0, atol=1e-9)
+
+
+def test_a_watch_may_draw_in_half_precision_and_give_numpy_numbers(tmp_path):
+    def watch(pipe, epoch): return {"mean": np.float32(pipe("a cat", num_inference_steps=2, output_type="np").images.mean())}
+    short = dataclasses.replace(SMALL, precision="bf16", epochs=1)
+    train(tmp_path, short, watch=watch)
+    _, log = train(tmp_path, dataclasses.replace(short, epochs=2), watch=watch)
+    assert len(log) == 2 and log["mean"].notna().all()
+
+
+def test_a_watch_sees_the_average_that_is_saved(tmp_path):
+    seen = []
+    train(tmp_path, dataclasses.replace(SMALL, ema=0.5), watch=lambda pipe, epoch: seen.append(weights(pipe).clone()) or {})
+    torch.testing.assert_close(weights(StableDiffusionPipeline.from_pretrained(tmp_path/"pipeline")), seen[-1], rtol=0, atol=0)
+
+
+def test_averaged_puts_everything_back_after_an_error():
+    class Run: params, average = [torch.nn.Parameter(torch.ones(2))], [torch.zeros(2)]
+    with pytest.raises(ValueError):
+        with averaged(Run):
+            assert Run.params[0].eq(0).all()
+            raise ValueError
+    assert Run.params[0].eq(1).all() and Run.average[0].eq(0).all()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_another_base_is_another_run(tmp_path, lora):
+    config = dataclasses.replace(SMALL, lora_rank=lora, epochs=1)
+    train(tmp_path, config)
+    other = tiny()
+    with torch.no_grad(): next(other.unet.parameters()).mul_(-1) # as large as before
+    with pytest.raises(BoigError, match="another model .* freshly loaded"): train(tmp_path, config, other)
+    assert not getattr(other.unet, "peft_config", {}) # and it is left as it was
+    kept = torch.load(tmp_path/"checkpoint.pt", weights_only=True)
+    kept["plan"].pop("model")
+    torch.save(kept, tmp_path/"checkpoint.pt")
+    train(tmp_path, config, other) # a checkpoint that does not say
+
+
+def test_lora_in_the_pipeline_is_not_set_aside_unseen(tmp_path):
+    pipe, _ = train(tmp_path/"a", dataclasses.replace(SMALL, lora_rank=2, epochs=1))
+    for rank in (0, 2):
+        with pytest.raises(BoigError, match="fuse_lora"): train(tmp_path/"b", dataclasses.replace(SMALL, lora_rank=rank), pipe)
+
+
+def test_fingerprints_tell_mirrored_and_negated_numbers_apart():
+    x = torch.rand(3, 4, 4)
+    names = {fingerprint([x]), fingerprint([-x]), fingerprint([x.flip(-1)]), fingerprint([x.flip(0)])}
+    assert len(names) == 4 and fingerprint([x]) == fingerprint([x.clone()])
