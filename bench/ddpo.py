@@ -250,9 +250,9 @@ def differences(pairs: list[tuple[dict, dict]]) -> dict: # name -> mean and ends
 
 def bench_fast(a) -> dict:
     "Both recipes from each seed; how much CPU time until the standard one's last value, and the pictures then."
-    from boig.pocket.captions import pixels, samples, tidy
+    from boig.pocket.captions import pixels, quarters, samples
     prompts, (scenes, others) = samples(16, 0, "bench ddpo")[1], samples(a.validation, 1, "bench ddpo validation", unseen=True)
-    real = pixels(map(tidy, scenes))
+    real = pixels(map(quarters, scenes))
     common = dict(samples=a.samples, batch_size=a.samples // 2, micro_batch=32, steps=a.path, guidance=4.0, lora_rank=a.rank, lr=a.lr, tracker="")
     watched, reward, rows = others[:a.watched], Compressible(), []
     for seed in range(a.seeds):

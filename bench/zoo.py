@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -80,12 +81,14 @@ def shown(name, n=500):
 
 
 def hand():
-    "The detector against a person, on pocket-sd's own pictures (bench/hand_check.py)."
+    "The detector against three readers, on pocket-sd's own pictures (bench/hand_check.py)."
     table = pd.read_parquet(RESULTS.parent/"pocket_sd_hand_check.parquet")
     found = [{d.name for d in ds} for ds in detect(load_detector("pocket-detector"), decode(table.image))]
     seen = [m in f for m, f in zip(table.main, found)]
-    return {"n": len(table), "shown_by_hand": float(table.shown.mean()), "shown_by_detector": sum(seen) / len(seen),
-            "detector_agrees": float((table.shown == seen).mean()), "of_these_weights": bool((table.weights == sha256_tree(resolve("pocket-sd"))).all())}
+    readers = table.filter(like="reader")
+    return {"n": len(table), "shown_by_hand": float(table.shown.mean()), "shown_by_each": readers.mean().tolist(), "shown_by_detector": sum(seen) / len(seen),
+            "two_readers_agree": statistics.mean(float((readers[a] == readers[b]).mean()) for a, b in combinations(readers, 2)),
+            "detector_agrees": float((table.shown == seen).mean()), "detector_agrees_with_each": [float((r == seen).mean()) for _, r in readers.items()], "of_these_weights": bool((table.weights == sha256_tree(resolve("pocket-sd"))).all())}
 
 
 def judges(n=300):

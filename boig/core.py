@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BoigError', 'closest', 'derive_seed', 'seed_everything', 'get_device', 'atomic_path', 'write_text', 'write_json',
-           'write_csv', 'sha256_file', 'digest', 'project_root', 'from_root', 'provenance', 'made_by', 'save_png',
-           'png_record']
+           'write_csv', 'sha256_file', 'digest', 'fingerprint', 'same_run', 'project_root', 'from_root', 'provenance',
+           'made_by', 'save_png', 'png_record']
 
 # %% ../nbs/00_core/00_core.ipynb #e34fae68
 import hashlib
@@ -115,6 +115,22 @@ def digest(value, length: int = 12) -> str:
     "A short hex name for any JSON-like value; equal values, equal names."
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+# %% ../nbs/00_core/00_core.ipynb #99ce8c12
+def fingerprint(tensors) -> str: # 12 characters
+    "A name for numbers: a network's weights, pictures."
+    import torch
+    return digest([f"{float(x.detach().double().flatten() @ torch.linspace(1, 2, x.numel(), dtype=torch.float64, device=x.device)):.6g}" for x in tensors])
+
+def same_run(
+    folder, # that holds a run
+    kept: dict, # the plan that was written there
+    plan: dict, # of the run that would go on; what an older version did not write down is not compared
+    advice: str = "", # more to do about it
+):
+    "BoigError if a folder's run had another plan: it can't be gone on with."
+    if other := [k for k in plan if kept.get(k, plan[k]) != plan[k]]:
+        raise BoigError(f"{folder} holds a run with another {other[0]} ({kept[other[0]]}). Train into another folder, or delete this one{advice}.")
 
 # %% ../nbs/00_core/00_core.ipynb #9fca37da
 def project_root() -> Path:

@@ -33,7 +33,7 @@ from .estimate import expected, measured, seconds, time_left
 from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
 from .scales import load_scale
-from .stages import Step, check_notebook, choose, load_stages, make_plan, marker
+from .stages import Step, check_notebook, choose, code_parts, load_stages, make_plan, marker
 from .zoo import resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
@@ -147,6 +147,13 @@ def _failure(e, notebook: Path, running: Path, executed: Path) -> BoigError:
     return BoigError("\n".join([f"{notebook.name}, cell In [{e.exec_count}]: {e.ename}: {short}", *shown, f"  The notebook with its traceback: {executed}"]))
 
 # %% ../nbs/95_front/95_reproduce.ipynb #30ba7d37
+def _check_code(step: dict):
+    "BoigError if the code is no longer what the plan was made of: the result would stand under another code's key."
+    values = [v for k, v in step["params"].items() if k not in ("results", "run_dir")]
+    now, planned = code_parts(Path(step["notebook"]), values, Path(step["package"])), step["parts"]
+    if changed := sorted(k for k in now if now[k] != planned.get(k)):
+        raise BoigError(f"The code has changed since this run was planned ({', '.join(changed[:4])}{' …' * (len(changed) > 4)}). Start it again; what is finished and still stands is not repeated.")
+
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
     step = next(s for s in _plan(results)["steps"] if s["name"] == name)
@@ -155,6 +162,7 @@ def run_stage(results: Path, name: str, threads: int = 1):
     origin = provenance() | {"threads": threads}
     Path(step["params"]["run_dir"]).mkdir(parents=True, exist_ok=True)
     check_notebook(notebook, step["params"])
+    _check_code(step)
     def record(state): return dict(done, notebook=step["executed"], state=state, seed=step["params"].get("seed"), parameters=step["params"],
                                    seconds=round(time.time() - start, 1), **_used(), provenance=origin)
     try:
@@ -271,7 +279,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
     threads = max(1, _cores() // (jobs or 1))
     rows = [dict(name=s.stage.name, notebook=str(notebooks/s.stage.notebook), params=s.params, parts=s.parts, key=s.key,
                  inputs=s.stage.inputs, outputs=s.stage.outputs, executed=f"notebooks/{s.stage.name}.ipynb",
-                 marker=f".done/{s.stage.name}.json", needs=[f".done/{n}.json" for n in s.needs if n in todo],
+                 package=str(s.package), marker=f".done/{s.stage.name}.json", needs=[f".done/{n}.json" for n in s.needs if n in todo],
                  **(needs(s) if profile else dict(threads=threads, resources={}))) for s in todo.values()]
     write_json(results/"plan.json", dict(pid=os.getpid(), host=platform.node(), targets=[r["marker"] for r in rows], steps=rows))
     (results/".events.jsonl").write_text("")

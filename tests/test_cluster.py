@@ -22,7 +22,7 @@ needs.smoke = {gpus = 2, cores = 3, memory = 0.5, hours = 0.5}
 
 def step(scale, name):
     stage = load_stages(scale=scale)[name]
-    return Step(stage, stage.parameters(load_scale(scale)), {}, "", [])
+    return Step(stage, stage.parameters(load_scale(scale)), {}, "", [], Path("boig"))
 
 
 def test_every_stage_of_the_paper_that_runs_a_model_asks_for_a_gpu():

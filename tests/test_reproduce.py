@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from boig import stages, zoo
 from boig.core import BoigError, sha256_file
-from boig.reproduce import _append, only_run, reproduce
+from boig.reproduce import _append, only_run, reproduce, run_stage
 from boig.results import _repeatable, leftovers, planned, prune, status, verify
 from boig.stages import _weights, bare, check_notebook, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
@@ -122,6 +122,15 @@ def test_code_changes_its_stage_and_those_downstream(world):
     world.notebook("first", FIRST)
     world.notebook("second", SECOND + "\nseed += 1")
     assert differ(before, world.keys()) == ["second"]
+
+def test_a_stage_whose_code_changed_after_the_plan_does_not_start(world):
+    world.run()
+    before = (world.results/"data/a.txt").read_bytes()
+    world.lib("def double(x): return 3*x\n")
+    with pytest.raises(BoigError, match="module toylib.maths"): run_stage(world.results, "first")
+    assert (world.results/"data/a.txt").read_bytes() == before
+    world.run()
+    assert (world.results/"data/a.txt").read_bytes() != before
 
 def test_imported_module_changes_those_that_import_it(world):
     before = world.keys()

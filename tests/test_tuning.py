@@ -8,8 +8,8 @@ from diffusers import StableDiffusionPipeline
 from test_sampler import tiny
 from test_sft import SMALL, train, weights
 
-from boig.core import BoigError
-from boig.diffusion.tuning import averaged, fingerprint
+from boig.core import BoigError, fingerprint
+from boig.diffusion.tuning import averaged
 
 
 def everything(pipe): return {f"{part}.{n}": p.detach().clone() for part in ("unet", "vae", "text_encoder") for n, p in getattr(pipe, part).named_parameters()}

@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from .batches import GroupDataset, PackGroups, PadGroups, Rounds, leak, weighted_loss
 from ..benches.instructions import DataSpec, Example, examples, listing1, template
-from ..core import BoigError, derive_seed, digest, get_device, seed_everything, write_json, write_text
+from ..core import BoigError, derive_seed, digest, get_device, same_run, seed_everything, write_json, write_text
 from ..data.verbalization import parse
 from ..zoo import resolve
 
@@ -269,8 +269,7 @@ def keep_to_plan(
     file = Path(run_dir)/"plan.json"
     if not begun: write_json(file, plan)
     there = json.loads(file.read_text()) if file.exists() else plan  # a folder of an earlier version has none
-    if other := [k for k in plan if there.get(k) != plan[k]]:
-        raise BoigError(f"{run_dir} holds a run with another {other[0]} ({there.get(other[0])}). Train into another folder, or delete this one.")
+    same_run(run_dir, there, plan)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #07f43c99
 def finetune(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
-from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .batches import encode_prompt
@@ -124,7 +124,7 @@ class GrammarProcessor(LogitsProcessor):
         mask = allocate_token_bitmask(len(self.matchers), self.width)
         for i, m in enumerate(self.matchers):
             if not m.is_stopped(): fill_next_token_bitmask(m, mask, i)
-        allowed = torch.from_numpy(np.unpackbits(mask.numpy().view(np.uint8), axis=1, bitorder="little")[:, :self.width]).bool()
+        allowed = torch.from_numpy(np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")[:, :self.width]).bool()
         done = torch.tensor([m.is_stopped() for m in self.matchers])
         allowed[done] = False
         allowed[done, self.eos] = True

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..benches.subjects import fill_prompt
-from ..core import BoigError, atomic_path, derive_seed, write_json
+from ..core import BoigError, atomic_path, derive_seed, fingerprint, write_json
 from ..diffusion.pipeline import as_png, draw
 from ..diffusion.sampler import PREDICTIONS
-from ..diffusion.tuning import Tuning, TuningConfig, check_positive, fingerprint, load_run, save_run, step
+from ..diffusion.tuning import Tuning, TuningConfig, check_positive, load_run, save_run, step
 from ..perception.pixels import Preprocess, check_pictures, to_tensor
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #62646311

@@ -17,8 +17,8 @@ from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from safetensors.torch import save_file
 
 from ..benches.subjects import fill_prompt
-from ..core import atomic_path
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, fingerprint, learn, load_subject, pick, picture_size, rare_words,
+from ..core import atomic_path, fingerprint
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, rare_words,
                                    read_pictures, save_subject, save_word, speaking, with_prior)
 from .dreambooth import prior_latents
 from .textual_inversion import TEMPLATES

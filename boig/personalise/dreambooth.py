@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 
+from ..core import fingerprint
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.tuning import save_result
-from .base import (Learner, PersonaliseConfig, Subject, check_words, class_pictures, denoising_loss, encode, fingerprint, learn, load_subject, pick, picture_size,
+from .base import (Learner, PersonaliseConfig, Subject, check_words, class_pictures, denoising_loss, encode, learn, load_subject, pick, picture_size,
                                    read_pictures, save_subject, with_prior)
 
 # %% ../../nbs/80_personalise/81_dreambooth.ipynb #b1e74367

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..benches.subjects import fill_prompt
-from ..core import BoigError, atomic_path, derive_seed, seed_everything
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, fingerprint, learn, load_subject, pick, picture_size, read_pictures,
+from ..core import BoigError, atomic_path, derive_seed, fingerprint, seed_everything
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
                                    save_subject, speaking)
 from .textual_inversion import TEMPLATES
 

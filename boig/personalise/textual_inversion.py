@@ -14,7 +14,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ..benches.subjects import fill_prompt
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, fingerprint, learn, load_subject, pick, picture_size, read_pictures,
+from ..core import fingerprint
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
                                    save_subject, save_word, speaking)
 
 # %% ../../nbs/80_personalise/83_textual_inversion.ipynb #0ee3bd05

@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..benches.pickapic import Pictures
-from ..core import BoigError, atomic_path, closest, derive_seed, digest
-from ..diffusion.tuning import fingerprint
+from ..core import BoigError, atomic_path, closest, derive_seed, digest, fingerprint, same_run
 from ..pocket.training import Muon, bf16_pays
 from .loss import LossConfig, like_probability, preference_loss
 from .model import PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, read
@@ -214,7 +213,7 @@ def _resume(path: Path, own: dict, optimizers: list, plan: dict) -> dict: # {"pl
     "What the folder's run had reached, or a beginning; BoigError if it had other settings."
     if not path.exists(): return {"plan": plan, "step": 0, "log": []}
     with safe_open(path, "pt") as f: meta = json.loads(f.metadata()["boig"])
-    if other := [k for k in plan if meta["plan"].get(k, plan[k]) != plan[k]]: raise BoigError(f"{path.parent} holds a run with another {other[0]} ({meta['plan'].get(other[0])}). Train into another folder, or delete this one.")
+    same_run(path.parent, meta["plan"], plan)
     owner = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
     for name, t in load_file(path).items():
         parameter, _, what = name.rpartition("|")
