@@ -126,11 +126,11 @@ def same_run(
     folder, # that holds a run
     kept: dict, # the plan that was written there
     plan: dict, # of the run that would go on; what an older version did not write down is not compared
-    advice: str = "", # more to do about it
+    advice: dict = {}, # what else to do, by the setting that alone differs
 ):
     "BoigError if a folder's run had another plan: it can't be gone on with."
     if other := [k for k in plan if kept.get(k, plan[k]) != plan[k]]:
-        raise BoigError(f"{folder} holds a run with another {other[0]} ({kept[other[0]]}). Train into another folder, or delete this one{advice}.")
+        raise BoigError(f"{folder} holds a run with another {other[0]} ({kept[other[0]]}). Train into another folder, or delete this one{advice.get(other[0], '') if len(other) == 1 else ''}.")
 
 # %% ../nbs/00_core/00_core.ipynb #9fca37da
 def project_root() -> Path:

@@ -110,8 +110,7 @@ class Tuning:
     def _check_folder(self):
         if not (path := self.folder/"checkpoint.pt").exists(): return
         plan = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["plan"]
-        others = [k for k in self.plan if plan.get(k, self.plan[k]) != self.plan[k]]
-        same_run(self.folder, plan, self.plan, ", or go on with a freshly loaded pipeline" * (others == ["model"]))
+        same_run(self.folder, plan, self.plan, {"model": ", or go on with a freshly loaded pipeline"})
 
     def autocast(self): return torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
 
