@@ -269,7 +269,7 @@ def keep_to_plan(
     file = Path(run_dir)/"plan.json"
     if not begun: write_json(file, plan)
     there = json.loads(file.read_text()) if file.exists() else plan  # a folder of an earlier version has none
-    same_run(run_dir, there, plan)
+    same_run(run_dir, dict.fromkeys(plan) | there, plan)  # here a setting that was not written down counts as another
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #07f43c99
 def finetune(
