@@ -29,7 +29,7 @@ def expected(results: Path, scale: str, stage: str) -> float | None: # seconds
     "How long a stage took the last time: in this folder, else as shipped; None if it was never timed."
     try: record = json.loads((Path(results)/"provenance"/f"{stage}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): record = {}
-    if record.get("parameters", {}).get("scale") == scale: return record["seconds"]
+    if record.get("parameters", {}).get("scale") == scale and not record.get("resumed"): return record["seconds"]
     return next((m["seconds"] for m in shipped().get(scale, {}).get(stage, []) if not m["gpu"]), None)
 
 # %% ../nbs/95_front/93_estimate.ipynb #4727d457

@@ -215,7 +215,7 @@ def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
 
-_OURS = (".asked.json", ".done/*.json", "provenance/*.json") # what only a run leaves
+_OURS = (".asked.json", ".boig.lock", ".done/*.json", "provenance/*.json") # what only a run leaves
 
 def results_folder(path) -> Path:
     "`path`, if a run left its results there or it is empty; BoigError otherwise, so that nothing of somebody else's is replaced or removed."
