@@ -430,7 +430,7 @@ def _dry(steps: list[Step], results: Path, cluster: bool) -> Path:
         if cluster and s.why and not s.kept: does += f" · asks for {needs_text(needs(s))}"
         print(f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title} · {does}")
     todo = {s.stage.name: expected(results, s.params["scale"], s.stage.name) for s in steps if s.why and not s.kept}
-    if left := time_left(todo, {}, 1): print(f"{len(todo)} to run{left.replace(' left', ', one after the other')}")
+    if left := time_left(todo, {}, 1): print(f"{len(todo)} to run{left.replace(' left', ' in all, one after the other')}")
     return results
 
 # %% ../nbs/95_front/95_reproduce.ipynb #f64a0375
