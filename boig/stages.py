@@ -223,6 +223,8 @@ def results_folder(path) -> Path:
     if not path.is_dir(): raise BoigError(f"No results in '{path}' yet. Run: boig reproduce")
     if any(path.iterdir()) and not any(any(path.glob(p)) for p in _OURS):
         raise BoigError(f"'{path}' holds files but no results of a run. Name a folder that `boig reproduce` wrote.")
+    if (path/"claims.csv").is_file() and not any((path/p).exists() for p in (".boig.lock", ".done")):
+        raise BoigError(f"'{path}' holds shipped tables, figures and records, not a run. Compare a run with it: boig report --compare RESULTS '{path}'")
     return path
 
 # %% ../nbs/95_front/94_stages.ipynb #e7465c09
