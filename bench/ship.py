@@ -60,6 +60,7 @@ def draw(target: Path) -> Path:
             if (folder/"provenance"/f"{name}.json").exists(): write_text(folder/"notebooks"/f"{name}.ipynb", "{}")
         page = write_report(folder).read_text(encoding="utf-8")
     for figure in target.glob("*.png"): page = page.replace(f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}", figure.name)
+    page = page.replace('href="tables/', 'href="')
     for name, stage in stages.items(): page = page.replace(f"notebooks/{name}.ipynb", f"../../../nbs/{stage.notebook}")
     return write_text(target/"index.html", page)
 

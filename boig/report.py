@@ -158,7 +158,10 @@ def _text(x) -> str:
     if isinstance(x, float): return "" if x != x else f"{x:,.0f}" if x.is_integer() else f"{x:,.3f}"
     return f"{x:,}" if type(x) is int else str(x)
 
-def folded(table: pd.DataFrame) -> dict: # columns, rows of (text, interval)
+def folded(
+    table: pd.DataFrame,
+    most: int = 120, # rows; what is longer, as the log of a training, is read in its file
+) -> dict: # columns, rows of (text, interval), how many more rows there are
     "A table for the page."
     ends = {c: e for c in table if {*(e := ends_of(table, c))} <= set(table)}
     aside = {e for pair in ends.values() for e in pair} | {f"± {c}" for c in table} | {"scale", *(["seed"] if "seed" in table and table.seed.nunique() < 2 else [])}
@@ -166,8 +169,8 @@ def folded(table: pd.DataFrame) -> dict: # columns, rows of (text, interval)
     def interval(r, c):
         if c in ends and r[ends[c][0]] == r[ends[c][0]]: return " to ".join(_text(r[e]) for e in ends[c])
         return f"± {_text(half)}" if (half := r.get(f"± {c}")) is not None else ""
-    rows = [[(_text(r[c]), interval(r, c)) for c in shown] for r in table.astype(object).to_dict("records")]
-    return dict(columns=shown, rows=rows)
+    rows = [[(_text(r[c]), interval(r, c)) for c in shown] for r in table.head(most).astype(object).to_dict("records")]
+    return dict(columns=shown, rows=rows, more=max(0, len(table) - most))
 
 # %% ../nbs/95_front/96_report.ipynb #448ccdde
 def paper_table(name: str, **only) -> dict | None: # as `folded`

@@ -10,7 +10,7 @@ import pytest
 import boig
 from boig.compare import compare_page
 from boig.core import BoigError
-from boig.report import folded, records, stage_blocks, write_report
+from boig.report import environment, folded, records, stage_blocks, write_report
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>&'
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082".replace(" ", ""))
@@ -221,7 +221,13 @@ def test_somebody_elses_page_is_left_alone(tmp_path):
 
 def test_tables_are_folded():
     t = pd.DataFrame({"what": ["a"], "start": 1.0, "gain": 0.5, "low": 0.25, "high": 0.75, "± x": 0.1, "x": 2.5, "n": 3000, "empty": None, "seed": 1, "scale": "pocket"})
-    assert folded(t) == {"columns": ["what", "start", "gain", "x", "n"], "rows": [[("a", ""), ("1", ""), ("0.500", "0.250 to 0.750"), ("2.500", "± 0.100"), ("3,000", "")]]}
+    assert folded(t) == {"columns": ["what", "start", "gain", "x", "n"], "rows": [[("a", ""), ("1", ""), ("0.500", "0.250 to 0.750"), ("2.500", "± 0.100"), ("3,000", "")]], "more": 0}
+
+def test_long_tables_are_cut_and_say_so():
+    t = folded(pd.DataFrame({"step": range(1300), "loss": 0.5}), most=100)
+    assert len(t["rows"]) == 100 and t["more"] == 1200
+    page = environment().from_string('{% from "macros.html" import table %}{{ table(t, "log") }}').render(t=t)
+    assert "and 1,200 more rows in the file" in page and page.count("<tr>") == 102
 
 def test_stages_without_results_say_so(tmp_path):
     assert all(not b["tables"] and not b["pictures"] for b in stage_blocks(tmp_path))
