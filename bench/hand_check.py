@@ -27,9 +27,9 @@ from boig.zoo import resolve, sha256_tree
 SAMPLE = Path(__file__).parent/"results"/"pocket_sd_hand_check.parquet"
 
 
-def png(picture):
+def packed(picture):
     out = BytesIO()
-    Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(out, "PNG")
+    Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(out, "WEBP", lossless=True, quality=100, method=6)
     return {"bytes": out.getvalue(), "path": None}
 
 
@@ -37,7 +37,7 @@ def draw_sample(folder, n=100, a_sheet=10):
     scenes = samples(n, 5, "hand check", unseen=True)[0]
     texts = [caption(s) for s in scenes]
     pictures = draw(load_pipeline("pocket-sd"), texts, seed=5, **sampling("pocket-sd"))
-    table = pd.DataFrame({"number": range(n), "caption": texts, "main": [s.objects[-1].name for s in scenes], "image": [png(p) for p in pictures]})
+    table = pd.DataFrame({"number": range(n), "caption": texts, "main": [s.objects[-1].name for s in scenes], "image": [packed(p) for p in pictures]})
     folder.mkdir(parents=True, exist_ok=True)
     table.assign(weights=sha256_tree(resolve("pocket-sd"))).to_parquet(folder/"sample.parquet", index=False)
     for start in range(0, n, a_sheet):

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     for results in map(Path, sys.argv[1:]):
         for path in sorted((results/"provenance").glob("*.json")):
             record = json.loads(path.read_text())
-            if record["stage"] not in load_stages(): continue  # of an older table
+            if record["stage"] not in load_stages() or record.get("resumed"): continue  # of an older table; only the last leg was timed
             new, old = measurement(results, record), found.setdefault(record["parameters"]["scale"], {}).setdefault(record["stage"], [])
             old[:] = [m for m in old if (m["cpu"], m["cores"], m["threads"], m["gpu"]) != (new["cpu"], new["cores"], new["threads"], new["gpu"])] + [new]
     write_json(OUT, {"about": "What each stage cost, by scale: bench/stages.py, from the records of finished results. One measurement a machine, the newest.", "stages": found})

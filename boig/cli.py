@@ -27,9 +27,18 @@ class _Front(TyperGroup):
             typer.secho("\nStopped; the same command goes on from here.", err=True)
             raise typer.Exit(130)
 
+def _version(asked: bool):
+    if not asked: return
+    from importlib.metadata import version
+    print(f"boig {version('boig')}")
+    raise typer.Exit()
+
 app = typer.Typer(cls=_Front, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None,
     help="Image generation that serves what people do and like: three papers, runnable.\n\n"
          "Start with:  boig reproduce  (minutes on a laptop), then open the page it names.")
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")] = False): pass
 
 # %% ../nbs/95_front/97_cli.ipynb #61bd0175
 def pairs(settings: list[str]) -> dict[str, str]:

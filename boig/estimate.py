@@ -10,7 +10,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from .core import BoigError, project_root
+from .core import BoigError, closest, project_root
 
 # %% ../nbs/95_front/93_estimate.ipynb #05063c92
 def seconds(s: float) -> str:
@@ -29,7 +29,7 @@ def expected(results: Path, scale: str, stage: str) -> float | None: # seconds
     "How long a stage took the last time: in this folder, else as shipped; None if it was never timed."
     try: record = json.loads((Path(results)/"provenance"/f"{stage}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): record = {}
-    if record.get("parameters", {}).get("scale") == scale: return record["seconds"]
+    if record.get("parameters", {}).get("scale") == scale and not record.get("resumed"): return record["seconds"]
     return next((m["seconds"] for m in shipped().get(scale, {}).get(stage, []) if not m["gpu"]), None)
 
 # %% ../nbs/95_front/93_estimate.ipynb #4727d457
@@ -62,9 +62,11 @@ def plan_text(
     scale: str = "paper",
     gpu: str = "", # part of a GPU's name, e.g. "h200"; "" = CPU
 ) -> str:
-    "What each stage of a scale costs on a machine, where that was measured."
+    "What each stage of a scale costs on a machine, where that was measured; BoigError for a GPU that was never measured, if another was."
     from boig.doctor import bytes_text, parts
     from boig.stages import load_stages
+    known = sorted({m["gpu"] for of in shipped().values() for ms in of.values() for m in ms if m["gpu"]})
+    if gpu and known and not any(gpu.lower() in g.lower() for g in known): raise closest(gpu, known, "GPU")
     stages, lines, total, lacking = load_stages(scale=scale), [], 0.0, 0
     width = max(map(len, stages))
     for name in stages:
@@ -77,6 +79,6 @@ def plan_text(
     models = parts(scale)
     largest = max(models, key=lambda p: p.memory)
     sum_ = f": {seconds(total)} together, one after the other" if total else ""
-    lines += ["", f"{len(stages) - lacking} of {len(stages)} stages were measured at {scale} on {gpu or 'a CPU'}{sum_}." + (" What the whole takes is unknown." if lacking else ""),
+    lines += ["", f"{len(stages) - lacking} of {len(stages)} stages were measured at {scale} on {gpu or 'a CPU'}{sum_}." + (" What the whole takes is unknown." if lacking else "") + ("" if known or not gpu else " No stage was ever measured on a GPU: run there, then `python bench/stages.py RESULTS`."),
               f"Models: {bytes_text(sum(p.size for p in models))} on disk; the largest, {largest.model}, takes {bytes_text(largest.memory)} of memory for its weights alone (from parameter counts, not measured)."]
     return "\n".join(lines)

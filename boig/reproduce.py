@@ -33,7 +33,7 @@ from .estimate import expected, measured, seconds, time_left
 from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
 from .scales import load_scale
-from .stages import Step, check_notebook, choose, code_parts, load_stages, make_plan, marker
+from .stages import Step, check_notebook, choose, code_parts, load_stages, make_plan, marker, results_folder
 from .zoo import resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
@@ -156,15 +156,17 @@ def _check_code(step: dict):
 
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
-    step = next(s for s in _plan(results)["steps"] if s["name"] == name)
+    steps = {s["name"]: s for s in _plan(results)["steps"]}
+    step = steps.pop(name)
     before, start, notebook, executed = {o: _stamp(results/o) for o in step["outputs"]}, time.time(), Path(step["notebook"]), results/step["executed"]
     done = dict(stage=name, key=step["key"], inputs=hashes(results, step["inputs"]), outputs={}, parts=step["parts"])
     origin = provenance() | {"threads": threads}
-    Path(step["params"]["run_dir"]).mkdir(parents=True, exist_ok=True)
+    (run_dir := Path(step["params"]["run_dir"])).mkdir(parents=True, exist_ok=True)
+    resumed = any(not p.name.startswith(".") for p in run_dir.iterdir()) # then its seconds are those of the last leg
     check_notebook(notebook, step["params"])
     _check_code(step)
     def record(state): return dict(done, notebook=step["executed"], state=state, seed=step["params"].get("seed"), parameters=step["params"],
-                                   seconds=round(time.time() - start, 1), **_used(), provenance=origin)
+                                   seconds=round(time.time() - start, 1), **_used(), resumed=resumed, provenance=origin)
     try:
         execute(notebook, executed, step["params"], threads)
         if lost := [o for o, stamp in before.items() if _stamp(results/o) in (None, stamp)]: raise BoigError(f"{notebook.name} ended without writing {', '.join(lost)}.")
@@ -173,7 +175,9 @@ def run_stage(results: Path, name: str, threads: int = 1):
     except BoigError:
         _stamp_notebook(executed, record("failed"))
         raise
-    finally: clean_logs(step["params"]["run_dir"])
+    finally:
+        clean_logs(run_dir)
+        clean_logs(results, start - 1, [results/"runs", results/".snakemake", *(results/o for s in steps.values() for o in s["outputs"])])  # also what the table doesn't name, or a failed stage left
     _finish(results, done, record("finished"))
 
 # %% ../nbs/95_front/95_reproduce.ipynb #59f192e9
@@ -271,8 +275,8 @@ def profile_folder(profile: str) -> Path:
     return folder
 
 # %% ../nbs/95_front/95_reproduce.ipynb #f72b98e9
-def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, profile: Path | None = None):
-    "Let Snakemake run what must, here or as a profile says; BoigError with the failures' own words."
+def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, profile: Path | None = None, draw=lambda: None):
+    "Let Snakemake run what must, here or as a profile says, and `draw` after each stage; BoigError with the failures' own words."
     for folder in ("runs", ".done"): (results/folder).mkdir(exist_ok=True)
     todo = {s.stage.name: s for s in steps if s.why}
     for name in todo: marker(results, name).unlink(missing_ok=True)
@@ -287,7 +291,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
         "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nocolor")
     with open(log := results/"snakemake.log", "w") as said:
         engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
-        try: failures = _show(engine, steps, results, jobs or len(todo))
+        try: failures = _show(engine, steps, results, jobs or len(todo), draw)
         except BaseException:
             _stop(engine, patience=60 if profile else 0)
             raise
@@ -320,7 +324,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/95_front/95_reproduce.ipynb #3452cbbc
-def _show(engine, steps: list[Step], results: Path, jobs: int) -> list[str]:
+def _show(engine, steps: list[Step], results: Path, jobs: int, draw) -> list[str]:
     "Print each stage's start and end, and the time left, while the engine runs; the messages of those that failed."
     place = {s.stage.name: f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title}" for i, s in enumerate(steps, 1)}
     todo = {s.stage.name: expected(results, s.params["scale"], s.stage.name) for s in steps if s.why} # seconds, None = never timed
@@ -340,6 +344,7 @@ def _show(engine, steps: list[Step], results: Path, jobs: int) -> list[str]:
             took, _ = seconds(e["time"] - began.pop(name)), todo.pop(name)
             line(f"{place[name]} {'failed after' if failed else '·'} {took}{'' if failed else left()}")
             if failed: failures.append(f"Stage {name} failed. {e['text']}")
+            else: draw()
         seen = len(lines)
         if live: print(f"\r\x1b[K{_now(began, todo)}{left()}"[:4 + shutil.get_terminal_size().columns], end="" if running else "\r\x1b[K", flush=True)
         if running: time.sleep(0.1)
@@ -368,20 +373,23 @@ def reproduce(
 ) -> Path: # the results folder
     "Bring a results folder up to date: run the stages that need it, then draw the report."
     from boig.report import write_report # imports torch, which `boig --help` and each stage's runner can do without
-    asked = dict(scale=scale, llm=llm, overrides=(overrides or {}) | ({} if seed is None else {"seed": seed}))
+    asked = dict(scale=scale, llm=llm, overrides=(overrides or {}) | ({} if seed is None else {"seed": seed}), only=list(only), start=list(start))
+    if results is not None and Path(results).is_dir(): results_folder(results) # nothing is written among somebody else's files
     values, own, results = asked_for(asked, results)
     notebooks = Path(notebooks or project_root()/"nbs").resolve()
     if jobs is None and not profile: jobs = min(2, _cores())
     if jobs is not None and jobs < 1: raise BoigError(f"--jobs must be 1 or more, not {jobs}.")
     stages = choose(load_stages(table, scale), only, start)
     def plan(): return make_plan(stages, values, results, notebooks, Path(package or str(files("boig"))).resolve())
-    if dry_run: return _dry(plan(), results, bool(profile))
     folder = profile_folder(profile) if profile else None
+    if dry_run: return _dry(plan(), results, bool(profile))
     began = time.time()
+    def draw(): return write_report(results) if table is None else results
     with only_run(results), _disk(results):
         if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
-        _run(plan(), results, notebooks, jobs, asked, folder)
-        page = write_report(results) if table is None else results
+        if table is None: print(f"The page, drawn anew after each stage: {draw()}", flush=True)
+        _run(plan(), results, notebooks, jobs, asked, folder, draw)
+        page = draw()
         if table is None and own: _against(results, scale)
     print(f"Done in {seconds(time.time() - began)}: {page}", flush=True)
     return results
@@ -422,11 +430,11 @@ def _dry(steps: list[Step], results: Path, cluster: bool) -> Path:
         if cluster and s.why and not s.kept: does += f" · asks for {needs_text(needs(s))}"
         print(f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title} · {does}")
     todo = {s.stage.name: expected(results, s.params["scale"], s.stage.name) for s in steps if s.why and not s.kept}
-    if left := time_left(todo, {}, 1): print(f"{len(todo)} to run{left.replace(' left', ', one after the other')}")
+    if left := time_left(todo, {}, 1): print(f"{len(todo)} to run{left.replace(' left', ' in all, one after the other')}")
     return results
 
 # %% ../nbs/95_front/95_reproduce.ipynb #f64a0375
-def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, asked: dict, profile: Path | None):
+def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, asked: dict, profile: Path | None, draw):
     "Put back what was kept, say what is up to date, run the rest."
     write_json(results/".asked.json", asked)
     for i, s in enumerate(steps, 1):
@@ -437,7 +445,7 @@ def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, as
             s.why, does = "", "put back, as it was made before"
         if not s.why: print(f"[{i}/{len(steps)}] {name} · {s.stage.title} · {does}", flush=True)
     try:
-        if any(s.why for s in steps): run_plan(steps, results, notebooks, jobs, profile)
+        if any(s.why for s in steps): run_plan(steps, results, notebooks, jobs, profile, draw)
     finally: write_json(results/"provenance.json", where_from(results))
 
 # %% ../nbs/95_front/95_reproduce.ipynb #5569d95c

@@ -19,7 +19,7 @@ from .core import BoigError, project_root, provenance, sha256_file
 from .estimate import seconds
 from .reproduce import asked_for, only_run
 from .scales import scale_names
-from .stages import Step, load_stages, make_plan, results_folder
+from .stages import Step, choose, load_stages, make_plan, results_folder
 
 # %% ../nbs/95_front/99_results.ipynb #cc860c81
 def _object(text: str) -> dict:
@@ -144,7 +144,9 @@ def verify(results, **toy) -> tuple[list[Finding], int]: # findings; the number 
     found += [Finding("changed", "runs.jsonl", f"line {i} cannot be read") for i, l in enumerate(log, 1) if not l]
     records = {p.stem: _read(p) for p in sorted((results/"provenance").glob("*.json"))}
     found += [Finding("changed", name, f"provenance/{name}.json cannot be read") for name, r in records.items() if not r]
-    found += [Finding("missing", name, "never run, or its record is lost") for name in steps if name not in records]
+    asked = _read(results/".asked.json")
+    wanted = choose({n: s.stage for n, s in steps.items()}, asked.get("only", ()), asked.get("start", ()))
+    found += [Finding("missing", name, "never run, or its record is lost") for name in wanted if name not in records]
     for name, record in records.items():
         if not record: continue
         found += _files(results, record) + _records(results, record, log) + _repeatable(record, steps.get(name), here)

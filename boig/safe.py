@@ -73,7 +73,9 @@ def held(
     "The names of the environment's secrets whose value a file holds."
     wanted, found, end = {n: _forms(v) for n, v in secrets().items()}, set(), b""
     if not wanted: return found
-    if Path(path).suffix == ".parquet": found = _parquet_holds(Path(path), wanted)
+    if Path(path).suffix == ".parquet":
+        try: found = _parquet_holds(Path(path), wanted)
+        except (OSError, ValueError): pass  # half a file: its bytes are looked at below
     coded = {n: [f.encode() for f in forms] for n, forms in wanted.items()}
     overlap = max(len(f) for forms in coded.values() for f in forms) - 1
     with open(path, "rb") as file:
@@ -85,13 +87,19 @@ def held(
 # %% ../nbs/00_core/04_safe.ipynb #1c41f3c1
 _TEXT = {".json", ".jsonl", ".txt", ".log", ".csv", ".md", ".toml", ".yaml", ".html", ".ipynb"}
 
-def clean_logs(folder):
+def clean_logs(
+    folder,
+    since: float = 0, # as time.time(): files that have not changed after it are left alone
+    but=(), # files and folders that somebody else looks after
+):
     "Strike secrets out of the text files below `folder`; other files that hold one are removed."
     if not secrets(): return
-    for path in Path(folder).rglob("*"):
-        if path.is_file() and held(path):
+    for path in [p for p in Path(folder).rglob("*") if not any(p.is_relative_to(b) for b in but)]:
+        try:
+            if not path.is_file() or path.stat().st_ctime < since or not held(path): continue
             if path.suffix in _TEXT: write_text(path, redact(path.read_text(encoding="utf-8", errors="replace")))
             else: path.unlink()
+        except FileNotFoundError: pass  # somebody else's temporary file, gone by now
 
 def refuse_secrets(files):
     "BoigError if one of the files holds a secret; those that do are removed."

@@ -434,7 +434,7 @@ def _section(cls: type, values: dict, where: str):
     for key in values:
         if key not in kinds: raise closest(key, kinds, f"key in [{where}]")
     if missing := [k for k in kinds if k not in values]:
-        raise BoigError(f"[{where}] lacks {', '.join(missing)}.")
+        raise BoigError(f"[{where}] lacks {', '.join(missing)}: add it to the scale's TOML file.")
     return cls(**{k: _check(_cast(v, kinds[k], f"{where}.{k}"), k, f"{where}.{k}") for k, v in values.items()})
 
 # %% ../nbs/00_core/01_scales.ipynb #55390a5c

@@ -215,7 +215,7 @@ def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
 
-_OURS = (".asked.json", ".done/*.json", "provenance/*.json") # what only a run leaves
+_OURS = (".asked.json", ".boig.lock", ".done/*.json", "provenance/*.json") # what only a run leaves
 
 def results_folder(path) -> Path:
     "`path`, if a run left its results there or it is empty; BoigError otherwise, so that nothing of somebody else's is replaced or removed."
@@ -223,6 +223,8 @@ def results_folder(path) -> Path:
     if not path.is_dir(): raise BoigError(f"No results in '{path}' yet. Run: boig reproduce")
     if any(path.iterdir()) and not any(any(path.glob(p)) for p in _OURS):
         raise BoigError(f"'{path}' holds files but no results of a run. Name a folder that `boig reproduce` wrote.")
+    if (path/"claims.csv").is_file() and not any((path/p).exists() for p in (".boig.lock", ".done")):
+        raise BoigError(f"'{path}' holds shipped tables, figures and records, not a run. Compare a run with it: boig report --compare RESULTS '{path}'")
     return path
 
 # %% ../nbs/95_front/94_stages.ipynb #e7465c09

@@ -49,7 +49,7 @@ def prepare(app, docname, source):
 
 def add_contents(notebook: dict):
     "The lists that become the side bar."
-    trees = ["\n".join(["```{toctree}", ":maxdepth: 1", ":hidden:", f":caption: {title}", "", *(f"{band}/{p.stem}" for p in sorted((HERE/band).glob("*.ipynb"))), "```"])
+    trees = ["```{toctree}\n:maxdepth: 1\n:hidden:\n\nfindings\n```"] + ["\n".join(["```{toctree}", ":maxdepth: 1", ":hidden:", f":caption: {title}", "", *(f"{band}/{p.stem}" for p in sorted((HERE/band).glob("*.ipynb"))), "```"])
              for band, title in BANDS.items() if any((HERE/band).glob("*.ipynb"))]
     notebook["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": "\n\n".join(trees)})
 

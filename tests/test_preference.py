@@ -233,6 +233,15 @@ def data(built): return Histories(built)
 QUICK = TrainConfig(steps=4, batch=2, micro=1, lr=1e-2, pairs=2, save_every=2)
 
 
+def test_a_model_that_is_no_number_stops_its_training(base, data, tmp_path):
+    "Each such step names its rows; nothing moves; after twenty in a row there is no result to be taken for one."
+    model = model_of(base, tokens=2)
+    torch.nn.init.constant_(next(p for n, p in model.named_parameters() if "tokens" in n), float("nan"))
+    with pytest.warns(UserWarning, match=r"Step 0 is left out.*training rows \[\d+, \d+\]"), pytest.raises(BoigError, match="Twenty steps in a row"):
+        train_preference(model, data, tmp_path/"run", replace(QUICK, steps=25, save_every=100), progress=False)
+    assert not (tmp_path/"run/checkpoint.safetensors").exists()
+
+
 def test_a_history_never_knows_its_target(data):
     for target in range(0, len(data.train), 7):
         history, liked, disliked, text = draw_pair(data, target, 8, True, np.random.default_rng(target))

@@ -1,5 +1,8 @@
 "The README's commands exist, and its numbers are those of a recorded run."
 import re
+import shlex
+import subprocess
+import sys
 
 import pandas as pd
 
@@ -17,13 +20,36 @@ def test_commands_exist():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"nbs/[\w/]+\.ipynb", README): assert (ROOT/path).exists(), path
 
 
+def test_every_line_of_boig_parses():
+    "Commands, options and names of stages, as README types them; nothing is run."
+    from typer.main import get_command
+    from boig.cli import app
+    from boig.stages import load_stages
+    lines = re.findall(r"^\.venv/bin/boig (.*?)(?:\s+#.*)?$", README, re.M)
+    assert len(lines) >= 8
+    for line in lines:
+        words, command = shlex.split(line), get_command(app)
+        while words and words[0] in getattr(command, "commands", {}): command = command.commands[words.pop(0)]
+        context = command.make_context("boig", words, resilient_parsing=False)
+        for name in (context.params.get("only") or []) + (context.params.get("start") or []): assert name in load_stages(), line
+
+
+def test_one_notebook_runs_by_plain_papermill(tmp_path):
+    "README's line, with smaller numbers and in a folder of its own."
+    line = re.search(r"^\.venv/bin/papermill (.*?)(?:\s+#.*)?$", README, re.M)[1].split()
+    small = ["-p", "results", str(tmp_path/"results"), "-p", "run_dir", str(tmp_path/"run"), "-p", "rows", "120"]
+    done = subprocess.run([sys.executable, "-m", "papermill", *[w.replace("out.ipynb", str(tmp_path/"out.ipynb")) for w in line], *small], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(pd.read_parquet(tmp_path/"results"/"data"/"emojibench.parquet")) == 120
+
+
 def test_snippets_run(tmp_path, monkeypatch):
     write_market(tmp_path/"market", tweets=400, stock=0, seed=1)
     (tmp_path/"market"/"twitter").rename(tmp_path/"pages")
     monkeypatch.chdir(tmp_path)
     scope = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S): exec(snippet, scope)
-    assert scope["pictures"].shape == (1, 3, 64, 64) and pd.read_parquet("chosen.parquet").bucket.nunique() == 2
+    assert scope["answer"].value is not None and scope["pictures"].shape == (1, 3, 64, 64) and pd.read_parquet("chosen.parquet").bucket.nunique() == 2
 
 
 def test_claims_are_the_recorded_ones():

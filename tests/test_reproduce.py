@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,6 +356,22 @@ def test_a_failing_run_leaks_nothing(finished, monkeypatch, capfd):
     with pytest.raises(BoigError, match=r"401 for \[OPENAI_API_KEY\]") as e: world.run(only=["other"])
     assert "0123456789" not in str(e.value) + "".join(capfd.readouterr()) and not leaks(world.results)
 
+def test_what_a_failing_stage_has_written_leaks_nothing(finished, monkeypatch):
+    "A declared table, one that the stage table does not name, and half a Parquet file."
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    world.notebook("other", OTHER.replace("str(bootstrap)", "(key := __import__('os').environ['OPENAI_API_KEY'])") + "\nwrite_text(Path(results)/'tables/stray.txt', key)\n"
+                            "(Path(results)/'half.parquet').write_bytes(b'PAR1' + key.encode())\nraise ValueError('later')")
+    with pytest.raises(BoigError, match="later"): world.run(only=["other"])
+    assert not leaks(world.results) and (world.results/"tables/stray.txt").read_text() == "[OPENAI_API_KEY]" and (world.results/"data/a.txt").exists()
+
+def test_a_stray_file_with_a_secret_is_struck_out(finished, monkeypatch):
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    world.notebook("other", OTHER + "\nwrite_text(Path(results)/'stray.txt', __import__('os').environ['OPENAI_API_KEY'])")
+    world.run(only=["other"])
+    assert not leaks(world.results) and (world.results/"c.txt").read_text() == "50"
+
 def test_a_table_that_holds_a_secret_is_removed(finished, monkeypatch):
     world, _ = finished
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -393,6 +410,29 @@ def test_a_models_files_are_one_piece(world, capsys):
     assert "put back" in capsys.readouterr().out and (world.results/"models/n/weights").read_text() == "1" and (world.results/"models/n").is_symlink()
     (world.results/"models/m/weights").write_text("3")
     assert world.why(capsys, seed=1)["first"] == "result models/m/weights was changed"
+
+def test_a_run_of_some_stages_is_whole(world):
+    "What was not asked for is not missing."
+    world.run(only=["second"])
+    assert not [f for f in verify(world.results, **world.toy)[0] if f.kind == "missing"]
+    (world.results/"provenance/first.json").unlink()
+    assert [(f.stage, f.text) for f in verify(world.results, **world.toy)[0] if f.kind == "missing"] == [("first", "never run, or its record is lost")]
+
+def test_somebody_elses_folder_is_left_alone(world):
+    world.results.mkdir()
+    (world.results/"thesis.txt").write_text("mine")
+    with pytest.raises(BoigError, match="holds files but no results of a run"): world.run()
+    assert [p.name for p in world.results.iterdir()] == ["thesis.txt"]
+
+def test_a_resumed_stage_says_so(world):
+    world.run(only=["first"])
+    assert json.loads((world.results/"provenance/first.json").read_text())["resumed"] is False
+    step = next((world.results/"runs/first").iterdir())
+    (step/"step0").write_text("")
+    shutil.rmtree(step/".kept")
+    (world.results/"data/a.txt").unlink()
+    world.run(only=["first"])
+    assert json.loads((world.results/"provenance/first.json").read_text())["resumed"] is True
 
 def test_verify_finds_what_was_touched(finished):
     world, _ = finished

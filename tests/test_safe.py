@@ -117,11 +117,11 @@ def test_a_step_that_is_no_number_is_left_out(bad):
     assert torch.equal(run.params[0], torch.ones(3))
 
 def test_the_trainer_leaves_such_a_step_out_too():
-    model, watch, state = torch.nn.Linear(2, 1), _LeaveOut(), SimpleNamespace(global_step=4, log_history=[])
+    model, watch, state = torch.nn.Linear(2, 1), _LeaveOut(torch.arange(20).view(10, 2)), SimpleNamespace(global_step=4, log_history=[])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.tensor([[math.nan, 1.0]])).sum().backward()
-    with pytest.warns(UserWarning, match="Step 5 is left out"): watch.on_pre_optimizer_step(None, state, None, model=model)
+    with pytest.warns(UserWarning, match=r"Step 5 is left out: its gradient is no finite number. Its training groups: \[8, 9\]"): watch.on_pre_optimizer_step(None, state, None, model=model)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and state.log_history[0]["step"] == 5
     optimizer.zero_grad()

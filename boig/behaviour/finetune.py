@@ -186,14 +186,17 @@ class _Checkpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # then all of them can ask for the best
 
 class _LeaveOut(TrainerCallback):
-    "Leave out a step whose gradient is no finite number, and log it; BoigError after twenty in a row."
+    "Leave out a step whose gradient is no finite number, and log it with its rows; BoigError after twenty in a row."
     bad = 0 # in a row
+    def __init__(self, rows): self.rows = rows # int [steps, batch_size], of the training groups
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         self.bad = 0 if torch.nn.utils.get_total_norm(grads).isfinite() else self.bad + 1  # the same in every process
         if not self.bad: return
-        state.log_history.append(dict(step=state.global_step + 1, left_out="its gradient is no finite number"))
-        warnings.warn(f"Step {state.global_step + 1} is left out: its gradient is no finite number.")
+        rows = self.rows[state.global_step].tolist()
+        state.log_history.append(dict(step=state.global_step + 1, left_out="its gradient is no finite number", rows=rows))
+        warnings.warn(f"Step {state.global_step + 1} is left out: its gradient is no finite number. Its training groups: {rows}.")
         if self.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or look at the rows of these steps.")
         for p in model.parameters(): p.grad = None  # then the optimiser has nothing to do
 
@@ -296,8 +299,9 @@ def finetune(
                           eval_every=eval_every, seed=seed, behaviour_weight=behaviour_weight)
     checkpoint = last_checkpoint(run_dir)
     keep_to_plan(run_dir, plan, begun=checkpoint is not None)
+    rounds = Rounds(data, steps * batch_size, derive_seed(seed, "rows"))
     trainer = _Trainer(model=model, args=args, data_collator=PackGroups(tokenizer.pad_token_id, pack) if pack else PadGroups(tokenizer.pad_token_id),
-                       callbacks=[_Checkpoints(), _LeaveOut(), *callbacks], train_dataset=Rounds(data, steps * batch_size, derive_seed(seed, "rows")), eval_dataset=judged)
+                       callbacks=[_Checkpoints(), _LeaveOut(rounds.order.reshape(steps, batch_size)), *callbacks], train_dataset=rounds, eval_dataset=judged)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best_checkpoint(run_dir, trainer.state)  # if it is not there, transformers has left the last weights in their place
     model.set_attn_implementation(attention)

@@ -304,7 +304,7 @@ def update(run: Run, batches: list, advantages: torch.Tensor, epoch: int, inner:
             if found is None: break
             run.scaler.scale(found[0].sum() * share).backward()
             watched = watched + found[1].sum(1) * share
-    norm = step(run)
+    norm = step(run, f"An update of epoch {epoch}, with the pictures {torch.cat([n for n, _ in batches]).tolist()},")
     return dict(zip(("loss", "ratio_off", "clipped", "kl"), run.accelerator.reduce(watched).tolist()), grad_norm=norm)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #17dc8590

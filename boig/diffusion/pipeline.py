@@ -35,11 +35,11 @@ def load_pipeline(
     elif not (path/"unet").is_dir(): raise BoigError(f"{path} holds no pipeline (no model_index.json) and no unet.")
     elif not base: raise BoigError(f"{path} holds only a denoiser; say which pipeline it belongs to: base='pocket-sd'.")
     else:
-        parts = dict(unet=UNet2DConditionModel.from_pretrained(path/"unet"), scheduler=DDIMScheduler.from_pretrained(path/"scheduler"))
+        parts = dict(unet=UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=dtype), scheduler=DDIMScheduler.from_pretrained(path/"scheduler"))
         pipe = _open(resolve(base), dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.register_to_config(_name_or_path=str(ref)) # what its pictures' records call it: neither the base of a student, nor a folder of the hub's cache
-    return pipe.to(get_device(device), dtype)
+    return pipe.to(get_device(device))
 
 def sampling(ref: str) -> dict: # num_inference_steps, guidance_scale
     "How a model of the zoo is meant to be sampled; nothing for others."

@@ -127,7 +127,7 @@ def _epoch(run: Tuning, shown: Shown, scheduler, epoch: int) -> dict[str, float]
             with run.autocast(): loss = denoising_loss(run.pipe.unet, scheduler, x0, noise, t, states).sum()
             run.scaler.scale(loss / len(batch)).backward()
             total = total + loss.detach()
-        norms.append(step(run))
+        norms.append(step(run, f"A step of epoch {epoch}, with the pictures {batch.tolist()},"))
     return dict(epoch=epoch, loss=float(a.reduce(total)) / len(order), grad_norm=sum(norms) / len(norms), seconds=time.monotonic() - started)
 
 # %% ../../nbs/50_diffusion/53_sft.ipynb #15e08947

@@ -75,7 +75,6 @@ def trainable(
     if getattr(unet, "peft_config", {}): raise BoigError("This pipeline has LoRA weights in it, which training would set aside; load a fresh one (a stopped run goes on from its folder), or fuse_lora() and unload_lora_weights() first.")
     unet.requires_grad_(lora_rank == 0).eval()
     if lora_rank:
-
         unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]), adapter)
     return [p for p in unet.parameters() if p.requires_grad]
 
@@ -115,14 +114,17 @@ class Tuning:
     def autocast(self): return torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #012f0d59
-def step(run: Tuning) -> float: # the norm of the gradient
+def step(
+    run: Tuning,
+    of: str = "A step", # which step it is, and of what, for the warning
+) -> float: # the norm of the gradient
     "One step of the optimiser with the gradients of all processes."
     if run.accelerator.num_processes > 1:
         for p in run.params: p.grad = run.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)  # none where a process had no share
     run.scaler.unscale_(run.optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(run.params, run.config.grad_clip))
     run.bad = 0 if math.isfinite(norm) else run.bad + 1  # the same in every process
-    if run.bad: warnings.warn("A gradient is no finite number: this step is left out.", stacklevel=2)
+    if run.bad: warnings.warn(f"{of} is left out: its gradient is no finite number.", stacklevel=2)
     if run.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or precision 'no'.")
     if not run.bad or run.scaler.is_enabled(): run.scaler.step(run.optimizer)  # the scaler of fp16 leaves such a step out by itself
     run.scaler.update()
@@ -142,7 +144,6 @@ def load_run(run: Tuning) -> dict: # what `save_run` was given; empty if the run
     "Go on where the folder's run was, if there is one."
     if not (path := run.folder/"checkpoint.pt").exists(): return {}
     state = torch.load(path, map_location=run.device, weights_only=True)
-
     for p, weight in zip(run.params + run.average, state["weights"] + state["average"], strict=True): p.data.copy_(weight)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])

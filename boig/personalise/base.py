@@ -216,7 +216,7 @@ def learn(
         for i in range(first, min(first + c.every, c.steps)):
             with run.autocast(): numbers = loss(torch.Generator().manual_seed(derive_seed(c.seed, "step", i)))
             run.scaler.scale(numbers["loss"]).backward()
-            rows.append({k: float(x.detach()) for k, x in numbers.items()} | {"grad_norm": step(run)})
+            rows.append({k: float(x.detach()) for k, x in numbers.items()} | {"grad_norm": step(run, f"Step {i}")})
             if after: after()
         run.log.append({"step": i + 1} | pd.DataFrame(rows).mean().to_dict() | {"seconds": time.monotonic() - started})
         if run.tracker: a.log(run.log[-1], step=i + 1)

@@ -172,6 +172,7 @@ def recipes() -> dict[str, dict]:
 
 def recipe(name: str) -> dict:
     "How a model of the zoo is made; BoigError if there is no such recipe."
+    if name in set(entries()) - set(recipes()): raise BoigError(f"{name} is fetched as its makers trained it: there is no recipe. Those of the pocket zoo have one: {', '.join(recipes())}.")
     if name not in recipes(): raise closest(name, recipes(), "recipe")
     return recipes()[name]
 

@@ -287,7 +287,7 @@ def load_idefics(
     folder, where = resolve(ref), get_device(device)
     if quantize:
         if where.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
-            raise BoigError(f"4-bit weights need a CUDA device (here: {where.type}) and bitsandbytes (pip install bitsandbytes). Load without quantize, or there.")
+            raise BoigError(f"4-bit weights need a CUDA device (here: {where.type}) and bitsandbytes (pip install bitsandbytes). Load it without `quantize`, or on a machine that has both.")
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
         model = Idefics2ForConditionalGeneration.from_pretrained(folder, quantization_config=four, dtype=torch.float16, device_map={"": where}).eval()
     else: model = load_pretrained(Idefics2ForConditionalGeneration, folder, dtype).to(where)

@@ -245,10 +245,13 @@ def train_preference(
                                   "choices": digest(data.train[["liked", "disliked", "caption"]].to_json()), "starting weights": start})) # lists for tuples, as the file has them
     meta = _resume(path, own, optimizers, plan)
     if config.checkpointing: model.idefics.gradient_checkpointing_enable({"use_reentrant": False})
+    bad = 0 # steps in a row that were left out
     for step in tqdm(range(meta["step"], config.steps), initial=meta["step"], total=config.steps, disable=not progress or not a.is_main_process):
         model.train()
         started = time.monotonic()
         row = {"step": step, **_step(model, data, config, step, own, optimizers, a), "seconds": time.monotonic() - started}
+        bad = 0 if math.isfinite(row["gradient"]) else bad + 1
+        if bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or look at the rows of these steps.")
         save = (step + 1) % config.save_every == 0 or step + 1 == config.steps
         if save and watch: row |= watch(model.eval(), step)
         meta = {**meta, "step": step + 1, "log": [*meta["log"], row]}

@@ -1,0 +1,77 @@
+"""Put a finished run into the project: python bench/ship.py RESULTS [STAGE ...] copies tables, figures, records and verdicts into results/reference/<scale>/, and draws the page of the longer run.
+
+The folder is flat, and small: figures are reduced to few colours (their records of what made the pictures stay in them; `shipped` in a stage's record names the reduced
+file's hash), data sets, models and executed notebooks stay behind. The page shows figures from beside it, and links to the notebooks in nbs/. Only results of committed
+code are shipped. Without stages: all that have run.
+"""
+import base64
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from boig.claims import judge
+from boig.core import BoigError, atomic_path, project_root, sha256_file, write_json, write_text
+from boig.report import write_report
+from boig.stages import load_stages, marker
+
+COLOURS = 64
+
+
+def reduce(figure: Path, target: Path):
+    "A figure in few colours, with all that was written into it."
+    with Image.open(figure) as image:
+        info = PngInfo()
+        for key, text in image.text.items(): info.add_itxt(key, text)
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        few = flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        with atomic_path(target) as tmp: few.save(tmp, "PNG", optimize=True, pnginfo=info, dpi=image.info.get("dpi", (100, 100)))
+
+
+def ship(results: Path, record: dict, target: Path):
+    "A stage's tables, figures and record."
+    root, shipped = str(project_root()), {}
+    figures = {f"figures/{p.name}" for p in (results/"figures").glob("*.png")}
+    for file in record["outputs"]:
+        if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
+        if file in figures:
+            reduce(results/file, target/Path(file).name)
+            shipped[file] = sha256_file(target/Path(file).name)
+    text = json.dumps(record | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")
+    write_json(target/"provenance"/f"{record['stage']}.json", json.loads(text))
+
+
+def draw(target: Path) -> Path:
+    "The page of the flat folder: drawn from a copy that is laid out as a run leaves it."
+    stages = load_stages()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        shutil.copytree(target/"provenance", folder/"provenance")
+        for name in (p.stem for p in (target/"provenance").glob("*.json")): write_json(marker(folder, name), {})
+        for kind, end in (("tables", "csv"), ("figures", "png")):
+            (folder/kind).mkdir()
+            for file in target.glob(f"*.{end}"):
+                if file.name != "claims.csv": shutil.copyfile(file, folder/kind/file.name)
+        for name in stages:
+            if (folder/"provenance"/f"{name}.json").exists(): write_text(folder/"notebooks"/f"{name}.ipynb", "{}")
+        page = write_report(folder).read_text(encoding="utf-8")
+    for figure in target.glob("*.png"): page = page.replace(f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}", figure.name)
+    for name, stage in stages.items(): page = page.replace(f"notebooks/{name}.ipynb", f"../../../nbs/{stage.notebook}")
+    return write_text(target/"index.html", page)
+
+
+if __name__ == "__main__":
+    results, wanted = Path(sys.argv[1]), sys.argv[2:]
+    found = {p.stem: json.loads(p.read_text()) for p in sorted((results/"provenance").glob("*.json")) if marker(results, p.stem).exists() and p.stem in (wanted or load_stages())}
+    try:
+        if lost := sorted(set(wanted) - set(found)): raise BoigError(f"No finished result of {', '.join(lost)} in '{results}'.")
+        if dirty := sorted(n for n, r in found.items() if r["provenance"]["changed_since_commit"]): raise BoigError(f"Made by code that no commit holds: {', '.join(dirty)}. Commit, and run them again.")
+        target = project_root()/"results"/"reference"/next(iter(found.values()))["parameters"]["scale"]
+        for record in found.values(): ship(results, record, target)
+        print(judge(target).verdict.value_counts().to_dict())
+        if target.name == "reference": print(draw(target)) # pocket's is one `make reproduce` away
+    except BoigError as problem: sys.exit(str(problem))
