@@ -111,7 +111,7 @@ def score_texts(
 # %% ../../nbs/60_behaviour/63_reward.ipynb #e348e068
 FORMS = {"sum_prob": lambda l: l.exp().sum(), # the paper's choice
          "sum_logprob": lambda l: l.sum(), # the text as a whole
-         "mean_prob": lambda l: l.exp().mean(), "mean_logprob": lambda l: l.mean()} # do not grow with the text
+         "mean_prob": lambda l: l.exp().mean(), "mean_logprob": lambda l: l.mean()} # per token; may fall as the text grows
 
 def to_score(
     logp: torch.Tensor, # [n] log-probability of each token

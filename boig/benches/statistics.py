@@ -252,7 +252,7 @@ def over_time(
         own = once[once[who] == a]
         own = pd.Series(own[kpi].to_numpy(), pd.to_datetime(own[when].to_numpy())).sort_index()
         count, middle = own.resample(every).size(), own.resample(every).median()
-        top.step(count.index, count, where="pre", lw=1); top.set_ylim(0); top.set_title(a, fontsize=8, parse_math=False)
+        top.step(count.index, count, where="pre", lw=1); top.hlines(count.iloc[0], count.index[0] - count.index.freq, count.index[0], lw=1, color="C0"); top.set_ylim(0); top.set_title(a, fontsize=8, parse_math=False)
         bottom.semilogy(own.index, own.clip(lower=0.5), ".", ms=2.5, alpha=0.5); bottom.plot(middle.index, middle.clip(lower=0.5), lw=1.2)
         for ax in (top, bottom): ax.tick_params(labelsize=6)
         bottom.xaxis.set_major_locator(plt.matplotlib.dates.AutoDateLocator(maxticks=6)); bottom.tick_params(axis="x", rotation=45)

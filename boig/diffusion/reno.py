@@ -44,8 +44,6 @@ def _texts(pipe, prompts: list[str], sampling: dict) -> dict:
             return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
     return {"prompt": prompts}
 
-
-
 def _first_noise(pipe, generators: list, sampling: dict) -> torch.Tensor: # [B, ...], standard normal, as the pipeline would draw it
     "What the pipeline starts from: [B, C, h, w], or FLUX's packed [B, tokens, channels]."
     net = getattr(pipe, "unet", None) or pipe.transformer
