@@ -197,7 +197,9 @@ def truth(
 
 def _say(color: str) -> str: return color.replace("_", " ").lower()
 
-def with_article(words: str) -> str: return ("an " if words[0] in "aeiouAEIOU" else "a ") + words
+def with_article(words: str) -> str: # e.g. "an ice cream"
+    "The words with 'a' or 'an' before them."
+    return ("an " if words[0] in "aeiouAEIOU" else "a ") + words
 
 def caption(
     scene: Scene,
