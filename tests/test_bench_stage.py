@@ -103,7 +103,7 @@ def test_a_hand_made_page_becomes_the_right_rows(tmp_path):
 def test_nothing_to_look_at_is_said(tmp_path):
     rows = pd.DataFrame({"id": ["a", "b"]})
     (tmp_path/"b.png").write_bytes(b"<html>")
-    with pytest.raises(BoigError, match=r"None of 2 pictures can be used: there is no picture \(1\), .*not a picture.* \(1\)"): look(rows, {"b": tmp_path/"b.png"}, tmp_path/"seen", Fake())
+    with pytest.raises(BoigError, match=r"None of 2 pictures can be used: there is no picture \(1\), .*in no format.* \(1\)"): look(rows, {"b": tmp_path/"b.png"}, tmp_path/"seen", Fake())
 
 # -- killed ------------------------------------------------------------------------------------------------------------------------------
 

@@ -250,11 +250,11 @@ def test_what_cannot_be_read(tmp_path):
     assert fake.asked == [rows[0][1], rows[5][1]]
     assert list(table.index[table.error.isna()]) == ["ok", "grey"] and (table.loc["ok", "width"], table.loc["ok", "height"]) == (30, 20)
     assert table.verbalization.isna().equals(table.error.notna()) and table.caption.isna().equals(table.error.notna())
-    assert table.error["none"] == "there is no picture" and "damaged" in table.error["cut"] and "not a picture" in table.error["text"]
+    assert table.error["none"] == "there is no picture" and "damaged" in table.error["cut"] and "no format" in table.error["text"]
     assert verbalize_rows(rows, fake, captions=False)["caption"].null_count == 6
     seen = verbalize_table([i for i, _ in rows], tmp_path, fake, read=dict(rows).get)
     assert seen.error.notna().sum() == 4 and seen.width.dtype == "Int32"
-    assert json.loads((tmp_path/"manifest.json").read_text())["left out"] == {"the picture is not a picture that can be read.": 2, "there is no picture": 1, "the picture is damaged": 1}
+    assert json.loads((tmp_path/"manifest.json").read_text())["left out"] == {"the picture is in no format that can be read.": 2, "there is no picture": 1, "the picture is damaged": 1}
 
 
 @pytest.mark.parametrize("tag, data", [(0x100, b"ab\0\0"), (0x201, b"a\0\0\0")])

@@ -46,7 +46,7 @@ def test_what_is_missing_is_named(folder, tmp_path):
     for k in range(2): Image.new("RGB", (4, 4)).save(tmp_path/"cup"/f"{k}.jpg")
     with pytest.raises(BoigError, match="holds 2 pictures"): read_dreambench(tmp_path)
     (tmp_path/"cup"/"2.JPG").write_bytes(b"no picture")
-    with pytest.raises(BoigError, match="2.JPG.*cannot|2.JPG.*not a picture"): read_dreambench(tmp_path).subjects["cup"].load()
+    with pytest.raises(BoigError, match="2.JPG.*no format"): read_dreambench(tmp_path).subjects["cup"].load()
     with pytest.raises(BoigError, match="no folder"): read_subject(tmp_path/"nobody", "cup")
 
 @pytest.mark.parametrize("change, message", [(("subject_name,class", "name;class"), "no table"), (("Object Prompts", "Prompts for things"), "'Object Prompts'"), (("{1}", "cup"), "has no place"), (("a,cup", "../a,cup"), "is not 'subject,class'")])

@@ -268,7 +268,7 @@ def test_a_mixed_list_is_as_each_alone(pocket, images):
 @pytest.mark.parametrize("bad, says", [
     (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "divide 8-bit"), (torch.zeros(3, 8, 8), r"\[B, 3, H, W\]"), (torch.zeros(1, 4, 8, 8), r"\[B, 3, H, W\]"),
     (torch.full((1, 3, 8, 8), 7.0), r"in \[0, 1\]"), ([np.zeros((8, 8, 3))], "not ndarray"), (["nowhere.png"], "no file 'nowhere.png'"),
-    ([b"GIF89a"], "not a picture"), ([None], "not NoneType")])
+    ([b"GIF89a"], "no format"), ([None], "not NoneType")])
 def test_what_is_no_picture_gets_one_clear_line(pocket, bad, says):
     with pytest.raises(BoigError, match=says) as e: pocket(bad)
     assert "\n" not in str(e.value)

@@ -100,7 +100,7 @@ def test_a_caption_says_everything(scenes):
 
 @pytest.mark.parametrize("arguments, message", [
     (("plian", ("Red",), "plain", ()), "Did you mean 'plain'"), (("plain", ("Rde",), "plain", ()), "Unknown colour"),
-    (("plain", ("Red", "Blue"), "plain", ()), "2 colours"), (("plain", ("Red",), "oil", ()), "Unknown style"),
+    (("plain", ("Red", "Blue"), "plain", ()), "takes 1 colour, not 2"), (("plain", ("Red",), "oil", ()), "Unknown style"),
     (("plain", ("Red",), "plain", (Placed("cta", "", (0, 0, 9, 9)),)), "Did you mean 'cat'"), (("plain", ("Red",), "plain", (Placed("cat", "Blue", (0, 0, 9, 9)),)), "colour of cat"),
     (("plain", ("Red",), "plain", (Placed("cat", "", (0, 0, 9, 70)),)), "not in the picture"), (("plain", ("Red",), "plain", (Placed("cat", "", (0, 0, 9, 9)),) * 2), "twice")])
 def test_a_wrong_scene_says_why(arguments, message):

@@ -264,10 +264,12 @@ def to_api(
         rows.append((data | ({"attachments": {"media_keys": keys}} if keys else {}), last if keys else [], list(zip(keys, t.scenes))))
     return rows
 
-def user_id(account: str) -> str: return str(10**9 + derive_seed(0, "user", account))
+def user_id(account: str) -> str:
+    "An account's number, as X writes it; made from its handle."
+    return str(10**9 + derive_seed(0, "user", account))
 
 # %% ../../nbs/48_benches/47_market.ipynb #bf0efccd
-PAGE = 100 # tweets on a page; the API's largest
+PAGE = 100 # tweets on a page; the largest of a timeline
 
 def pages(
     account: str,

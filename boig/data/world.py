@@ -117,7 +117,7 @@ class Scene:
         for name, known, what in [(self.background, BACKGROUNDS, "background"), (self.style, STYLES, "style"),
                                   *[(c, PALETTE_HEX, "colour") for c in self.colors], *[(o.name, load_sprites(), "object") for o in self.objects]]:
             if name not in known: raise closest(name, known, what)
-        if len(self.colors) != 1 + (self.background != "plain"): raise BoigError(f"A {self.background} background has not {len(self.colors)} colours.")
+        if len(self.colors) != (n := 1 + (self.background != "plain")): raise BoigError(f"A {self.background} background takes {n} colour{'s' * (n > 1)}, not {len(self.colors)}.")
         if len({o.name for o in self.objects}) < len(self.objects): raise BoigError("An object stands twice in a scene.")
         for o in self.objects:
             if not (0 <= o.box[0] < o.box[2] <= GRID and 0 <= o.box[1] < o.box[3] <= GRID): raise BoigError(f"The box of {o.name} is not in the picture.")
@@ -197,7 +197,9 @@ def truth(
 
 def _say(color: str) -> str: return color.replace("_", " ").lower()
 
-def with_article(words: str) -> str: return ("an " if words[0] in "aeiouAEIOU" else "a ") + words
+def with_article(words: str) -> str: # e.g. "an ice cream"
+    "The words with 'a' or 'an' before them."
+    return ("an " if words[0] in "aeiouAEIOU" else "a ") + words
 
 def caption(
     scene: Scene,

@@ -42,7 +42,7 @@ def open_rgb(
     except (BoigError, MemoryError): raise
     except Image.DecompressionBombError: raise BoigError(f"{what} has more than {MAX_PIXELS:,} pixels; make it smaller.") from None
     except FileNotFoundError: raise BoigError(f"There is no file {what}.") from None
-    except UnidentifiedImageError: raise BoigError(f"{what} is not a picture that can be read.") from None
+    except UnidentifiedImageError: raise BoigError(f"{what} is in no format that can be read.") from None
     except Exception as e: raise BoigError(f"{what} is damaged ({e}).") from None  # odd bytes, in EXIF above all, make Pillow raise anything
 
 # %% ../../nbs/30_perception/32_pixels.ipynb #51445cdc

@@ -185,7 +185,12 @@ def forward(model: Idefics2ForConditionalGeneration, batch: dict) -> tuple:
     return model.lm_head(states[:, :-1][wanted]).float(), batch["labels"][:, 1:][wanted], seen.last_hidden_state, tokens
 
 # %% ../../nbs/20_zoo/28_idefics.ipynb #4c780c6d
-def visual_loss(heads: torch.nn.ModuleDict, patches: torch.Tensor, tokens: torch.Tensor, batch: dict) -> torch.Tensor:
+def visual_loss(
+    heads: torch.nn.ModuleDict, # of `make_heads`
+    patches: torch.Tensor, # [P, 64, width]: the vision tower's states of P pictures
+    tokens: torch.Tensor, # [P, latents * width]: what the resampler makes of each
+    batch: dict, # of `make_batch`
+) -> torch.Tensor: # scalar
     "What the heads say against the truth; the mean of their cross-entropies."
     losses = [F.cross_entropy(heads[k](patches).float().flatten(0, 1), batch["patches"][:, i].flatten()) for i, k in enumerate(("object", "color"))]
     *choices, there = (head(tokens).float() for head in heads["whole"].values())

@@ -120,8 +120,15 @@ def content_heads(album: Album, width: int) -> torch.nn.ModuleList:
     "What reads the facts from a state."
     return torch.nn.ModuleList(torch.nn.Linear(width, len(v)) for v in album.values)
 
-def read_signs(idefics, album: Album, x: torch.Tensor, shown: torch.Tensor, like: int, dislike: int, **options):
-    "The language model over episodes [B, T]: its output, logits [B * n, V] before each sign, the signs [B * n], and where they stand [B, T]."
+def read_signs(
+    idefics,
+    album: Album,
+    x: torch.Tensor, # [B, T] token ids
+    shown: torch.Tensor, # [B * n]: places in the album
+    like: int, dislike: int, # token ids
+    **options, # of the language model
+) -> tuple: # its output, logits [B * n, V], signs [B * n], mask [B, T] bool
+    "The language model over episodes: its output, the logits before each sign, the signs, and where they stand."
     embedded = idefics.get_input_embeddings()(x)
     image = (x == idefics.config.image_token_id)[..., None]
     out = idefics.model.text_model(inputs_embeds=embedded.masked_scatter(image, album.tokens[shown].to(embedded.dtype)), use_cache=False, **options)
