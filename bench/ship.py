@@ -34,11 +34,11 @@ def reduce(figure: Path, target: Path):
 
 def ship(results: Path, record: dict, target: Path):
     "A stage's tables, figures and record."
-    root, shipped = str(project_root()), {}
+    root, shipped = record["parameters"]["results"].rsplit("/results/", 1)[0], {} # of the checkout that ran it
     figures = {f"figures/{p.name}" for p in (results/"figures").glob("*.png")}
     for file in record["outputs"]:
         if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
-        if file in figures:
+        if file in figures and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
             reduce(results/file, target/Path(file).name)
             shipped[file] = sha256_file(target/Path(file).name)
     text = json.dumps(record | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")

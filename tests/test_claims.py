@@ -1,4 +1,5 @@
 "The judge of claims: hand-made tables with known answers, and the shipped claims against the shipped tables."
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import boig
 from boig.claims import Claim, Number, Outcome, deciding, ends_of, judge, load_claims, n_needed, number, run_tests, select, supported, verdict
 from boig.compare import cells, compare, compare_page, reference_folder, verdict_changes
-from boig.core import BoigError
+from boig.core import BoigError, png_record, project_root, sha256_file
 from boig.scales import scale_names
 from boig.stages import load_stages
 
@@ -229,3 +230,16 @@ def test_a_fallen_verdict_is_told(tmp_path):
     assert changed.values.tolist()[0][0] == "boigsd-curve" and changed.verdict.tolist() == ["holds"] and changed["verdict reference"].tolist() == ["undecided"]
     page, line = compare_page(a, b)
     assert "1 verdicts differ: boigsd-curve undecided → holds" in line and "boigsd-curve" in page.read_text() and page == a/"compare.html"
+
+
+@pytest.mark.parametrize("scale", ["pocket", "reference"])
+def test_shipped_results_are_what_their_records_say(scale):
+    "Each table's bytes, each reduced figure's; what made its pictures stays in it; the verdicts follow from the tables."
+    folder = project_root()/"results"/"reference"/scale
+    records = [json.loads(p.read_text()) for p in sorted((folder/"provenance").glob("*.json"))]
+    assert len(records) >= 26
+    written = {Path(f).name: sha for r in records for f, sha in (r["outputs"] | r.get("shipped", {})).items() if f.startswith("tables/") or f in r.get("shipped", {})}
+    there = {p.name: sha256_file(p) for p in folder.iterdir() if p.name in written}
+    assert len(there) >= 37 and there == {name: written[name] for name in there}
+    if scale == "pocket": assert not any(r["provenance"]["changed_since_commit"] for r in records) and png_record(folder/"boig_figure5.png")["generated"]
+    pd.testing.assert_frame_equal(judge(folder, write=False)[["id", "verdict"]], pd.read_csv(folder/"claims.csv")[["id", "verdict"]], check_dtype=False)
