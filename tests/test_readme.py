@@ -1,4 +1,5 @@
 "The README's commands exist, and its numbers are those of a recorded run."
+import json
 import re
 import shlex
 import subprocess
@@ -50,6 +51,13 @@ def test_snippets_run(tmp_path, monkeypatch):
     scope = {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.S): exec(snippet, scope)
     assert scope["answer"].value is not None and scope["pictures"].shape == (1, 3, 64, 64) and pd.read_parquet("chosen.parquet").bucket.nunique() == 2
+
+
+def test_times_are_the_measured_ones():
+    found = json.loads((ROOT/"bench"/"results"/"fresh.json").read_text())
+    said = re.search(r"took (\d+) minutes of\s+installation and (\d+) of running \((\d+) CPU minutes; the first table was on the page after (\d+) minute", README)
+    seconds = [found[k] for k in ("installation_s", "run_s", "cpu_s", "first_table_after_installation_s")]
+    assert [int(m) for m in said.groups()] == [round(s / 60) for s in seconds]
 
 
 def test_claims_are_the_recorded_ones():

@@ -104,7 +104,7 @@ def test_pictures_that_are_no_squares():
 def test_processes_share_an_epoch_and_may_have_nothing_to_do(monkeypatch, n, processes):
     def epoch(process, processes):
         pipe, gradients = tiny(), []
-        def step(run):
+        def step(run, of=""):
             gradients.append(torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in run.params]))
             pipe.unet.zero_grad()
             return 0.0
