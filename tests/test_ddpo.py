@@ -282,7 +282,7 @@ def gradient(pipe, config, folder, keep):
     "The gradient of the first update, and what it logs."
     run, found = Run(pipe, PROMPTS, brightness, folder, dataclasses.replace(config, keep_graph=keep)), {}
     from boig.diffusion import ddpo
-    step, ddpo.step = ddpo.step, lambda run: found.update(grad=torch.cat([p.grad.flatten() for p in run.params])) or 0.0
+    step, ddpo.step = ddpo.step, lambda run, of: found.update(grad=torch.cat([p.grad.flatten() for p in run.params])) or 0.0
     try:
         texts = epoch_prompts(PROMPTS, config, 0)
         updates, rewards, _ = collect(run, texts, brightness, None, 0, first=0)

@@ -37,10 +37,10 @@ def learned(folder, name, stop=None):
         with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
             from boig.personalise import base
             steps, real = [], base.step
-            def killed(run):
+            def killed(run, of):
                 steps.append(0)
                 if len(steps) > stop: raise KeyboardInterrupt
-                return real(run)
+                return real(run, of)
             m.setattr(base, "step", killed)
             train(tiny(), SUBJECT, folder, config, progress=False)
     pipe = tiny()
