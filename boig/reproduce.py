@@ -385,10 +385,14 @@ def reproduce(
     if dry_run: return _dry(plan(), results, bool(profile))
     began = time.time()
     def draw(): return write_report(results) if table is None else results
+    def redraw(): # a page that can't be drawn yet is no reason to stop
+        try: draw()
+        except BoigError as e: print(f"No page for now: {e}", flush=True)
     with only_run(results), _disk(results):
         if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
-        if table is None: print(f"The page, drawn anew after each stage: {draw()}", flush=True)
-        _run(plan(), results, notebooks, jobs, asked, folder, draw)
+        redraw()
+        if table is None: print(f"The page, drawn anew after each stage: {results/'index.html'}", flush=True)
+        _run(plan(), results, notebooks, jobs, asked, folder, redraw)
         page = draw()
         if table is None and own: _against(results, scale)
     print(f"Done in {seconds(time.time() - began)}: {page}", flush=True)
