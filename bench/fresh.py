@@ -29,7 +29,7 @@ def made(folder: Path) -> dict:
     began, results = (folder/".git"/"description").stat().st_mtime, folder/"results"/"pocket"
     events = [json.loads(l) for l in (results/".events.jsonl").read_text().splitlines()]
     runs = [json.loads(l) for l in (results/"runs.jsonl").read_text().splitlines()]
-    installed, start, end = ((folder/".venv"/".installed").stat().st_mtime, events[0]["time"], events[-1]["time"])
+    installed, end = (folder/".venv"/".installed").stat().st_mtime, events[-1]["time"]
     first = min(p.stat().st_mtime for p in (results/"tables").glob("*.csv"))
     return {"commit_of_the_run": runs[0]["provenance"]["commit"], "began": datetime.fromtimestamp(began, timezone.utc).isoformat(timespec="seconds"),
             "installation_s": round(installed - began, 1), "first_table_after_installation_s": round(first - installed, 1), "first_table_s": round(first - began, 1), "run_s": round(end - installed, 1),

@@ -35,10 +35,9 @@ def reduce(figure: Path, target: Path):
 def ship(results: Path, record: dict, target: Path):
     "A stage's tables, figures and record."
     root, shipped = record["parameters"]["results"].rsplit("/results/", 1)[0], {} # of the checkout that ran it
-    figures = {f"figures/{p.name}" for p in (results/"figures").glob("*.png")}
     for file in record["outputs"]:
         if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
-        if file in figures and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
+        if file.startswith("figures/") and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
             reduce(results/file, target/Path(file).name)
             shipped[file] = sha256_file(target/Path(file).name)
     text = json.dumps(record | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")
@@ -51,13 +50,13 @@ def draw(target: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         shutil.copytree(target/"provenance", folder/"provenance")
-        for name in (p.stem for p in (target/"provenance").glob("*.json")): write_json(marker(folder, name), {})
+        for name in (p.stem for p in (target/"provenance").glob("*.json")):
+            write_json(marker(folder, name), {})
+            write_text(folder/"notebooks"/f"{name}.ipynb", "{}")
         for kind, end in (("tables", "csv"), ("figures", "png")):
             (folder/kind).mkdir()
             for file in target.glob(f"*.{end}"):
                 if file.name != "claims.csv": shutil.copyfile(file, folder/kind/file.name)
-        for name in stages:
-            if (folder/"provenance"/f"{name}.json").exists(): write_text(folder/"notebooks"/f"{name}.ipynb", "{}")
         page = write_report(folder).read_text(encoding="utf-8")
     for figure in target.glob("*.png"): page = page.replace(f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}", figure.name)
     page = page.replace('href="tables/', 'href="')

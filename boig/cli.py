@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
 from .core import BoigError, closest
 
 # %% ../nbs/95_front/97_cli.ipynb #2b5a8042
@@ -29,8 +30,7 @@ class _Front(TyperGroup):
 
 def _version(asked: bool):
     if not asked: return
-    from importlib.metadata import version
-    print(f"boig {version('boig')}")
+    print(f"boig {__version__}")
     raise typer.Exit()
 
 app = typer.Typer(cls=_Front, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode=None,

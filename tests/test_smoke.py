@@ -98,11 +98,13 @@ def killed_at(folder, sign):
 def test_killed_three_times_in_training_and_started_again(whole, tmp_path):
     "The same command after each kill -9 of everything ends in byte-equal tables: BoigLLM, DDPO and the preference model had begun to save."
     folder, signs = tmp_path/"results", ("runs/boig_llm/*/checkpoint-*", "runs/boig_sd/*/**/checkpoint.pt", "runs/preference_models/*/**/checkpoint.safetensors")
-    for sign in signs: killed_at(folder, sign)
+    killed_at(folder, signs[0])
+    assert not (folder/TABLES[0]).exists()
+    for sign in signs[1:]: killed_at(folder, sign)
     page = (folder/"index.html").read_text(encoding="utf-8")
     assert "finetuned llama" in page.lower() and not (folder/"tables/preference_table1.csv").exists()  # the first tables are on the page before the last are made
     run(folder)
     tables = {p.name: p.read_bytes() for p in sorted((whole/"tables").glob("*.csv"))}
     assert len(tables) > 30 and tables == {p.name: p.read_bytes() for p in sorted((folder/"tables").glob("*.csv"))}
     leftovers = [p for p in folder.rglob("*.tmp*") if ".snakemake" not in p.parts]
-    assert len(leftovers) <= 2 * len(signs), leftovers  # a killed write may leave its temporary file, never a final name
+    assert len(leftovers) <= len(signs), leftovers  # each kill may catch a write, which leaves its temporary file, never a final name
