@@ -1,5 +1,7 @@
 """Put a finished run into the project: python bench/ship.py RESULTS [STAGE ...] copies tables, figures, records and verdicts into results/reference/<scale>/, and draws the page of the longer run.
 
+A run with another seed than the scale's goes into a folder beside them (seed-43), its tables alone; the verdicts are those of all seeds together.
+
 The folder is flat, and small: figures are reduced to few colours (their records of what made the pictures stay in them; `shipped` in a stage's record names the reduced
 file's hash), data sets, models and executed notebooks stay behind. The page shows figures from beside it, and links to the notebooks in nbs/. Only results of committed
 code are shipped. Without stages: all that have run.
@@ -17,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from boig.claims import judge
 from boig.core import BoigError, atomic_path, project_root, sha256_file, write_json, write_text
 from boig.report import write_report
+from boig.scales import load_scale
 from boig.stages import load_stages, marker
 
 COLOURS = 64
@@ -37,11 +40,16 @@ def ship(results: Path, record: dict, target: Path):
     root, shipped = record["parameters"]["results"].rsplit("/results/", 1)[0], {} # of the checkout that ran it
     for file in record["outputs"]:
         if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
-        if file.startswith("figures/") and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
+        if file.startswith("figures/") and not target.name.startswith("seed-") and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
             reduce(results/file, target/Path(file).name)
             shipped[file] = sha256_file(target/Path(file).name)
     text = json.dumps(record | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")
     write_json(target/"provenance"/f"{record['stage']}.json", json.loads(text))
+
+
+def seeds(target: Path) -> list[Path]:
+    "What is shipped of the same scale with other seeds."
+    return sorted(target.glob("seed-*"))
 
 
 def draw(target: Path) -> Path:
@@ -57,7 +65,8 @@ def draw(target: Path) -> Path:
             (folder/kind).mkdir()
             for file in target.glob(f"*.{end}"):
                 if file.name != "claims.csv": shutil.copyfile(file, folder/kind/file.name)
-        page = write_report(folder).read_text(encoding="utf-8")
+        page = write_report(folder, *seeds(target)).read_text(encoding="utf-8")
+    for other in seeds(target): page = page.replace(str(other), other.name)
     for figure in target.glob("*.png"): page = page.replace(f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}", figure.name)
     page = page.replace('href="tables/', 'href="')
     for name, stage in stages.items(): page = page.replace(f"notebooks/{name}.ipynb", f"../../../nbs/{stage.notebook}")
@@ -70,8 +79,11 @@ if __name__ == "__main__":
     try:
         if lost := sorted(set(wanted) - set(found)): raise BoigError(f"No finished result of {', '.join(lost)} in '{results}'.")
         if dirty := sorted(n for n, r in found.items() if r["provenance"]["changed_since_commit"]): raise BoigError(f"Made by code that no commit holds: {', '.join(dirty)}. Commit, and run them again.")
-        target = project_root()/"results"/"reference"/next(iter(found.values()))["parameters"]["scale"]
-        for record in found.values(): ship(results, record, target)
-        print(judge(target).verdict.value_counts().to_dict())
+        asked = next(iter(found.values()))["parameters"]
+        target = project_root()/"results"/"reference"/asked["scale"]
+        folder = target if asked["seed"] == load_scale(asked["scale"]).seed else target/f"seed-{asked['seed']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in found.values(): ship(results, record, folder)
+        print(judge([target, *seeds(target)]).verdict.value_counts().to_dict())
         if target.name == "reference": print(draw(target)) # pocket's is one `make reproduce` away
     except BoigError as problem: sys.exit(str(problem))

@@ -168,8 +168,12 @@ def _one(test: dict, table: list[dict], key: tuple, rows: list[dict], column: st
 # %% ../nbs/95_front/93_claims.ipynb #26d4f64b
 def read_table(folders, name: str) -> pd.DataFrame | None:
     "A table from one or several results folders (several seeds); None if none has it."
-    found = [f for folder in folders for f in (Path(folder)/"tables"/f"{name}.csv", Path(folder)/f"{name}.csv") if f.is_file()]
-    return pd.concat(map(pd.read_csv, found), ignore_index=True) if found else None
+    found = {f: pd.read_csv(f) for folder in folders for f in (Path(folder)/"tables"/f"{name}.csv", Path(folder)/f"{name}.csv") if f.is_file()}
+    runs = pd.concat([t.reindex(columns=["scale", "seed"]).drop_duplicates().assign(file=str(f)) for f, t in found.items()]) if len(found) > 1 else None
+    if runs is not None and (runs.scale.nunique() > 1 or runs.seed.duplicated().any()):
+        said = "; ".join(f"{r.file}: {r.scale}, seed {r.seed}" for r in runs.itertuples())
+        raise BoigError(f"Runs that are judged together must be of one scale and of a seed each (boig reproduce --seed), but there are {said}.")
+    return pd.concat(found.values(), ignore_index=True) if found else None
 
 def run_tests(
     tests, # of a claim

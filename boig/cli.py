@@ -191,7 +191,7 @@ def _shard(
 # %% ../nbs/95_front/97_cli.ipynb #578e9cc8
 @app.command()
 def report(
-    results: _Results = None,
+    results: Annotated[Optional[list[Path]], typer.Argument(help="The results folder, and others of its scale with other seeds: claims are judged on all, the page is the first's.  [default: results/pocket of the project]", show_default=False)] = None,
     compare: Annotated[Optional[tuple[Path, Path]], typer.Option(metavar="A B", show_default=False,
         help="Instead: two folders number by number; writes A/compare.html.")] = None,
 ):
@@ -202,7 +202,7 @@ def report(
         print(f"{line}\n{page}")
         return
     from boig.report import write_report
-    print(write_report(_folder(results)))
+    print(write_report(*(_folder(r) for r in results or [None])))
 
 # %% ../nbs/95_front/97_cli.ipynb #d79b38c4
 zoo = typer.Typer(cls=_Front, no_args_is_help=True, rich_markup_mode=None,

@@ -215,16 +215,19 @@ def environment():
 
 def write_report(
     results, # a results folder
+    *others, # of the same scale with other seeds: the claims are judged on all of them together
 ) -> Path: # of its index.html
     "Judge the claims and draw `index.html` from what is in a results folder; BoigError if it is none, or a table cannot be read."
     results, stages = Path(results), load_stages()
     ours = (place := results/"index.html").is_file() and "<title>boig · results" in place.read_text(encoding="utf-8", errors="replace")
     if not results.is_dir() or place.exists() and not ours: results_folder(results) # somebody else's page is not replaced
-    for path in sorted((results/"tables").glob("*.csv")): _csv(path) # before any of them is judged
+    for folder in (results, *map(Path, others)):
+        if not folder.is_dir(): raise BoigError(f"There is no results folder '{folder}'.")
+        for path in sorted((folder/"tables").glob("*.csv")): _csv(path) # before any of them is judged
     ran = records(results, stages)
     last = max((s["record"] for s in ran if s["record"]), key=lambda r: r["provenance"]["time"], default=None)
     page = environment().get_template("report.html").render(
-        claims=claims_block(judge(results)), sources=sources(results, ran), stages=ran, last=last, commit=last and _commit(last["provenance"]),
+        claims=claims_block(judge([results, *others])), others_judged=[str(f) for f in others], sources=sources(results, ran), stages=ran, last=last, commit=last and _commit(last["provenance"]),
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
         tables=[table1_block(results, e) for e in dict.fromkeys(ENDINGS[s.params["bench"]] for s in stages.values() if "bench" in s.params)],
         data=[data_block(results, *d) for d in _DATA], blocks=stage_blocks(results, stages), others=_others(results, stages), gallery=gallery(results))

@@ -113,6 +113,14 @@ def test_three_seeds_join_both_noises(tmp_path):
     assert r.seeds == 3 and r.measured == pytest.approx(0.2) and r.high - r.measured == pytest.approx(half, rel=1e-4) and r.verdict == "undecided"
     assert (tmp_path/"0"/"claims.csv").is_file() and not (tmp_path/"1"/"claims.csv").exists()
 
+def test_only_runs_of_one_scale_and_of_a_seed_each_are_joined(tmp_path):
+    for name, scale, seed in (("a", "pocket", 1), ("b", "pocket", 1), ("c", "smoke", 2), ("d", "pocket", 2)):
+        (tmp_path/name/"tables").mkdir(parents=True)
+        GAINS.assign(scale=scale, seed=seed).to_csv(tmp_path/name/"tables"/"gains.csv", index=False)
+    for other in "bc":
+        with pytest.raises(BoigError, match="of one scale and of a seed each.*--seed"): run_tests((test("up"),), [tmp_path/"a", tmp_path/other])
+    assert run_tests((test("up"),), [tmp_path/"a", tmp_path/"d"])[0].found.seeds == 2
+
 def test_standard_deviation_of_runs():
     "Fig. 8's kind: a mean of n runs and their standard deviation."
     assert number([{"x": 1.0, "sd": 0.6, "n": 9}], "x").high == pytest.approx(1 + 2.306004 * 0.6 / 3, rel=1e-4)
@@ -242,4 +250,4 @@ def test_shipped_results_are_what_their_records_say(scale):
     there = {p.name: sha256_file(p) for p in folder.iterdir() if p.name in written}
     assert len(there) >= 37 and there == {name: written[name] for name in there}
     if scale == "pocket": assert not any(r["provenance"]["changed_since_commit"] for r in records) and png_record(folder/"boig_figure5.png")["generated"]
-    pd.testing.assert_frame_equal(judge(folder, write=False)[["id", "verdict"]], pd.read_csv(folder/"claims.csv")[["id", "verdict"]], check_dtype=False)
+    pd.testing.assert_frame_equal(judge([folder, *sorted(folder.glob("seed-*"))], write=False)[["id", "verdict"]], pd.read_csv(folder/"claims.csv")[["id", "verdict"]], check_dtype=False)

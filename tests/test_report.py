@@ -199,6 +199,15 @@ def test_smoke_says_that_it_means_nothing(made, tmp_path):
     said = write_report(tmp_path/"s").read_text(encoding="utf-8")
     assert "Its numbers mean nothing, and neither do the verdicts" in said and pd.read_csv(tmp_path/"s"/"claims.csv").verdict.eq("holds").any()
 
+def test_two_seeds_are_judged_together(made, tmp_path):
+    import shutil
+    for seed in (42, 43):
+        shutil.copytree(made/"tables", tmp_path/str(seed)/"tables")
+        for t in (tmp_path/str(seed)/"tables").glob("*.csv"): pd.read_csv(t).assign(scale="pocket", seed=seed).to_csv(t, index=False)
+    said = write_report(tmp_path/"42", tmp_path/"43").read_text(encoding="utf-8")
+    assert ", 2 seeds" in said and f"Judged together with {tmp_path/'43'}" in said and "Judged together" not in write_report(tmp_path/"43").read_text(encoding="utf-8")
+    with pytest.raises(BoigError, match="no results folder"): write_report(tmp_path/"42", tmp_path/"44")
+
 def test_a_broken_record_is_told(made, tmp_path):
     import shutil
     for i, text in enumerate(("{", "[]", "")):
