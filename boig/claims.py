@@ -128,6 +128,7 @@ class Outcome:
     found: Number | None = None # value or difference; None = not run
     slack: Number | None = None # what must be above 0
     note: str = "" # why it was not run
+    asked: str = "" # what was taken off, and what the claim says of the rest
 
 def _less(a: Number, b: Number, times: float) -> Number:
     "a − times · b, as of independent values."
@@ -155,15 +156,18 @@ def _one(test: dict, table: list[dict], key: tuple, rows: list[dict], column: st
     if not rows: return lost("no such row")
     a = number(rows, column)
     if math.isnan(a.value): return lost(_status(rows))
-    base = Number(rest, rest, rest, a.n, a.seeds) if not isinstance(rest, dict) else None
+    base, off = Number(rest, rest, rest, a.n, a.seeds) if not isinstance(rest, dict) else None, [str(rest)] if rest else []
     if base is None:
         (_, other), *more = select(table, dict(zip(test["rows"], key)) | {k: v for k, v in rest.items() if k != "column"})
+        off = [str(other[0][k] if other and k != "column" else v) for k, v in rest.items()]
         if not other: return lost(f"no row of {', '.join(str(v) for v in rest.values())} to compare with")
         base = number(other, rest.get("column", column))
         if more or math.isnan(base.value): return lost("several rows to compare with" if more else _status(other))
     d, margin = _less(a, base, test.get("times", 1)), test.get("margin", 0.0)
     if "margin_sd" in test: margin = test["margin_sd"] * math.sqrt(a.n) * (a.high - a.low) / (2 * 1.959964)
-    return Outcome(test["table"], label, d, _slack(d, test["is"], margin))
+    less = f"less {test['times']} × " if test.get("times", 1) != 1 else "less "
+    asked = (less + ", ".join(off) if off else "") + f"; claimed: {f'within ±{margin:.3g}' if test['is'] == '=' else test['is'] + ' 0'}"
+    return Outcome(test["table"], label, d, _slack(d, test["is"], margin), asked=asked.removeprefix("; "))
 
 # %% ../nbs/95_front/93_claims.ipynb #26d4f64b
 def read_table(folders, name: str) -> pd.DataFrame | None:
@@ -273,10 +277,11 @@ def _row(c: Claim, folders: list, makers: dict) -> dict:
     "A claim's line of claims.csv."
     found, expected = run_tests(c.ours, folders), run_tests(c.oracle, folders)
     shown, truth = deciding(found, c.need), deciding(expected, c.need)
+    def said(o): return f"{o.label}{'; ' if o.asked.startswith('claimed') else ' '}{o.asked}" if o else ""
     def ends(o, name=""): return {f"{name}{k}": getattr(o.found, a) if o else None for k, a in (("measured", "value"), ("low", "low"), ("high", "high"))}
     return {"id": c.id, "paper": c.source, "where": c.where, "claim": c.says, "paper value": c.numbers, "paper supports": supported(c), **ends(shown),
-            "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": shown.label if shown else "", "tests": _counts(found),
-            "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": truth.label if truth else "",
+            "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": said(shown), "tests": _counts(found),
+            "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": said(truth),
             "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
 
 # %% ../nbs/95_front/93_claims.ipynb #f1ada18b
@@ -285,4 +290,4 @@ def decided(claims: pd.DataFrame) -> str: # of `judge`, or of claims.csv; Markdo
     n = claims.verdict.value_counts()
     counts = ", ".join(f"{n.get(v, 0)} {says}" for v, says in (("holds", "hold"), ("fails", "fail"), ("undecided", "are undecided"), ("not run", "were not run")))
     rows = [f"| {r.paper} | {r.claim} | {r['paper supports']} | **{r.verdict}** |" for v in ("holds", "fails") for _, r in claims[claims.verdict == v].iterrows()]
-    return "\n".join([f"Of {len(claims)} claims, {counts}.", "", "| paper | claim | by its own table | here |", "|---|---|---|---|", *rows])
+    return "\n".join([f"Of {len(claims)} claims, {counts}.", "", "| paper | claim | the paper's own table agrees | here |", "|---|---|---|---|", *rows])

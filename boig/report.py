@@ -202,7 +202,7 @@ def _measured(r: dict, before: str = "") -> dict: # mean, interval; empty where 
 def claims_block(judged: pd.DataFrame) -> dict: # counts, and papers with their claims
     "What the page says of the claims, from `judge`."
     rows = [r | dict(sign=_SIGNS[r["verdict"]], ours=_measured(r), truth=_measured(r, "oracle "), tables=r["table"].split(),
-                     n="" if pd.isna(r["n"]) else f"{r['n']:,}", needed="" if pd.isna(r["n_needed"]) else f"{r['n_needed']:,}") for r in judged.to_dict("records")]
+                     n="" if pd.isna(r["n"]) else f"{r['n']:,}", needed="" if pd.isna(r["n_needed"]) else f"= {r['n_needed']:,}" if r["n_needed"] <= 100_000 else "> 100,000") for r in judged.to_dict("records")]
     papers = {p: [r for r in rows if r["paper"] == p] for p in judged.paper.unique()}
     said = judged["paper supports"][judged["paper supports"] != "no numbers"]
     return dict(papers=papers, n=len(rows), counts={v: sum(r["verdict"] == v for r in rows) for v in _SIGNS}, signs=_SIGNS, told=len(said), supported=int(said.str.startswith("yes").sum()))

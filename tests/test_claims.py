@@ -70,7 +70,7 @@ def test_against_another_row(folder):
     r = one(folder, {"table": "wide", "rows": {"Model": "a"}, "column": "x", "is": ">", "than": {"Model": "b"}})
     assert (r.measured, r.low, r.high, r.n) == (2, pytest.approx(1), pytest.approx(3), 20) and r.verdict == "holds"  # √(0.6² + 0.8²) = 1
     assert one(folder, {"table": "wide", "rows": {"Model": "b"}, "column": "x", "is": ">", "than": {"Model": "a"}, "times": 0.1}).measured == pytest.approx(0.7)
-    assert one(folder, {"table": "wide", "rows": {"Model": "b*"}, "column": "x", "is": "<", "than": {"Model": "a"}})["row"] == "b*, x"  # two rows fit
+    assert one(folder, {"table": "wide", "rows": {"Model": "b*"}, "column": "x", "is": "<", "than": {"Model": "a"}})["row"] == "b*, x less a; claimed: < 0"  # two rows fit
     assert "several rows" in one(folder, {"table": "wide", "rows": {"Model": "a"}, "column": "x", "is": ">", "than": {"Model": "b?|b"}}).note
 
 def test_standard_deviations_as_margin(folder):
@@ -81,7 +81,7 @@ def test_standard_deviations_as_margin(folder):
 
 def test_the_verdict_shows_the_row_that_decides(folder):
     r = one(folder, test(["up", "open", "flat"]))
-    assert r["row"] == "flat" and r.tests == "1 hold, 2 undecided" and r.measured == 0.01  # a third of its half interval; open has a half
+    assert r["row"] == "flat; claimed: > 0" and r.tests == "1 hold, 2 undecided" and r.measured == 0.01  # a third of its half interval; open has a half
     outcomes = run_tests([test(["up", "open", "down"])], [folder])
     assert deciding(outcomes).label == "down" and deciding(outcomes, "most").label == "open"
 
@@ -112,6 +112,13 @@ def test_three_seeds_join_both_noises(tmp_path):
     half = math.hypot(0.05, 4.302653 * 0.1 / math.sqrt(3))
     assert r.seeds == 3 and r.measured == pytest.approx(0.2) and r.high - r.measured == pytest.approx(half, rel=1e-4) and r.verdict == "undecided"
     assert (tmp_path/"0"/"claims.csv").is_file() and not (tmp_path/"1"/"claims.csv").exists()
+
+def test_what_was_measured_is_said_whole(folder):
+    "A difference names what was taken off and how often, and which way the claim goes."
+    assert one(folder, test("up")).row == "up; claimed: > 0"
+    assert one(folder, test("up", than={"Metric": "d*"}, times=0.9)).row == "up less 0.9 × down; claimed: > 0"
+    assert one(folder, test("up", than=0.5)).row == "up less 0.5; claimed: > 0"
+    assert one(folder, {**test("up", than={"Metric": "down"}), "is": "=", "margin": 0.1}).row == "up less down; claimed: within ±0.1"
 
 def test_only_runs_of_one_scale_and_of_a_seed_each_are_joined(tmp_path):
     for name, scale, seed in (("a", "pocket", 1), ("b", "pocket", 1), ("c", "smoke", 2), ("d", "pocket", 2)):
