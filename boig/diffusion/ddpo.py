@@ -160,7 +160,7 @@ def step_loss(
     advantage: torch.Tensor, # [B]
     config: DDPOConfig,
     base_mean: torch.Tensor | None = None, # [B, C, h, w]: the base model's, for the divergence
-) -> tuple[torch.Tensor, torch.Tensor]: # loss [B]; [4, B]: loss, |ρ - 1|, is it clipped, divergence
+) -> tuple[torch.Tensor, torch.Tensor]: # loss [B]; [4, B]: loss, |ρ - 1|, is that above the clip, divergence
     "The loss of one step, and what to watch."
     loss = ddpo_sf(new, advantage) if config.loss == "sf" else ddpo_is(new, old, advantage, config.clip)
     kl = torch.zeros_like(loss) if base_mean is None else (((mean - base_mean) / sigma)**2 / 2).mean(dim=(1, 2, 3))
