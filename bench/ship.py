@@ -22,7 +22,7 @@ from boig.report import write_report
 from boig.scales import load_scale
 from boig.stages import load_stages, marker
 
-COLOURS = 64
+COLOURS = 96
 
 
 def reduce(figure: Path, target: Path):
@@ -31,7 +31,8 @@ def reduce(figure: Path, target: Path):
         info = PngInfo()
         for key, text in image.text.items(): info.add_itxt(key, text)
         flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-        few = flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        quarter = flat.resize((flat.width // 2, flat.height // 2), Image.Resampling.NEAREST) # enough to choose colours from, in a quarter of the time
+        few = flat.quantize(palette=quarter.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=1), dither=Image.Dither.NONE)
         with atomic_path(target) as tmp: few.save(tmp, "PNG", optimize=True, pnginfo=info, dpi=image.info.get("dpi", (100, 100)))
 
 

@@ -54,6 +54,12 @@ def test_makefile_installs_the_pinned_torch_and_checks_python():
     assert re.search(r"torch==(\S+)", text)[0] in {str(p) for p in pins()}
     assert f"({settings()['min_python'].replace('.', ', ')})" in text
 
+def test_citation_follows_settings_and_names_readmes_papers():
+    cited = yaml.safe_load((ROOT/"CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == settings()["version"] and cited["repository-code"] == f"https://github.com/{settings()['user']}/{settings()['repo']}"
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    assert len(cited["references"]) == 3 and all(f"[{r['title'].split(':')[0]}]({r['url']})" in readme for r in cited["references"])
+
 def test_setup_reads_settings_only(monkeypatch):
     import runpy, setuptools
     got = {}
