@@ -134,6 +134,7 @@ def gallery(results: Path, each: int = 6) -> list[dict]: # `each` pictures a buc
 
 # %% ../nbs/95_front/96_report.ipynb #0e6935b4
 _DATA = ( # title, table of numbers, table of scores, {figure: what it shows}
+    ("EmojiBench", "emojibench_statistics", "", {}),
     ("BoigBench", "boigbench_statistics", "boig_table3", {
         "boig_figure2": "Pictures of an account with likes and tweet: the high bucket left, the low one right (Fig. 2)",
         "boig_figure8": "How a judge of looks scores the pictures of each bucket (Fig. 8)", "boig_figure9": "Tweets and their likes over time, by account (Fig. 9)"}),
