@@ -202,14 +202,15 @@ def _widen(k: int) -> float:
     "How much wider an interval is at the level 0.05/k than at 0.05."
     return NormalDist().inv_cdf(1 - 0.025 / k) / NormalDist().inv_cdf(0.975)
 
-def _holds(o: Outcome) -> bool: return o.slack.low > 0
-def _fails(o: Outcome, k: int) -> bool: return o.slack.value + (o.slack.high - o.slack.value) * _widen(k) < 0
+def _must(k: int, need: str) -> int: return k if need == "all" else k // 2 + 1
+def _holds(o: Outcome, k: int, must: int) -> bool: return o.slack.value - (o.slack.value - o.slack.low) * _widen(k - must + 1) > 0
+def _fails(o: Outcome, must: int) -> bool: return o.slack.value + (o.slack.high - o.slack.value) * _widen(must) < 0
 
 def verdict(outcomes: list[Outcome], need: str = "all") -> str: # holds, fails, undecided or not run
     "What the tests of a claim decide together."
     ran = [o for o in outcomes if o.slack]
-    k, held, failed = len(outcomes), sum(map(_holds, ran)), sum(_fails(o, len(outcomes)) for o in ran)
-    must = k if need == "all" else k // 2 + 1
+    must = _must(k := len(outcomes), need)
+    held, failed = sum(_holds(o, k, must) for o in ran), sum(_fails(o, must) for o in ran)
     if failed > k - must: return "fails"
     if held >= must and k: return "holds"
     return "undecided" if len(ran) == k and k else "not run"
@@ -217,13 +218,12 @@ def verdict(outcomes: list[Outcome], need: str = "all") -> str: # holds, fails, 
 # %% ../nbs/95_front/93_claims.ipynb #9279adc9
 def n_needed(outcomes: list[Outcome], need: str = "all") -> float: # NaN if nothing can be said
     "The samples that would decide a claim, were the effects as large as they look."
-    k = len(outcomes)
+    must = _must(k := len(outcomes), need)
     def cost(o):
         s, right = o.slack, o.slack.value > 0
-        half = s.value - s.low if right else (s.high - s.value) * _widen(k)
+        half = (s.value - s.low) * _widen(k - must + 1) if right else (s.high - s.value) * _widen(must)
         return s.n * (half / s.value) ** 2 if s.value and half > 0 else math.inf
     if not k or any(o.slack is None for o in outcomes): return math.nan
-    must = k if need == "all" else k // 2 + 1
     right, wrong = (sorted(cost(o) for o in outcomes if (o.slack.value > 0) == side) for side in (True, False))
     chosen = right[must - 1] if len(right) >= must else wrong[k - must]
     return math.ceil(round(chosen, 6)) if math.isfinite(chosen) else math.nan
@@ -235,11 +235,12 @@ def deciding(outcomes: list[Outcome], need: str = "all") -> Outcome | None:
         half = (o.slack.high - o.slack.low) / 2
         return o.slack.value / half if half > 0 else math.copysign(1e-9, o.slack.value)
     ran, k = sorted((o for o in outcomes if o.slack), key=strength, reverse=True), len(outcomes)
-    return ran[min(len(ran), k if need == "all" else k // 2 + 1) - 1] if ran else None
+    return ran[min(len(ran), _must(k, need)) - 1] if ran else None
 
-def _counts(outcomes: list[Outcome]) -> str:
+def _counts(outcomes: list[Outcome], need: str) -> str:
     "How many tests held, failed, …"
-    said = ["not run" if not o.slack else "hold" if _holds(o) else "fail" if _fails(o, len(outcomes)) else "undecided" for o in outcomes]
+    must = _must(k := len(outcomes), need)
+    said = ["not run" if not o.slack else "hold" if _holds(o, k, must) else "fail" if _fails(o, must) else "undecided" for o in outcomes]
     return ", ".join(f"{said.count(v)} {v}" for v in ("hold", "fail", "undecided", "not run") if v in said)
 
 # %% ../nbs/95_front/93_claims.ipynb #b093950b
@@ -280,7 +281,7 @@ def _row(c: Claim, folders: list, makers: dict) -> dict:
     def said(o): return f"{o.label}{'; ' if o.asked.startswith('claimed') else ' '}{o.asked}" if o else ""
     def ends(o, name=""): return {f"{name}{k}": getattr(o.found, a) if o else None for k, a in (("measured", "value"), ("low", "low"), ("high", "high"))}
     return {"id": c.id, "paper": c.source, "where": c.where, "claim": c.says, "paper value": c.numbers, "paper supports": supported(c), **ends(shown),
-            "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": said(shown), "tests": _counts(found),
+            "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": said(shown), "tests": _counts(found, c.need),
             "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": said(truth),
             "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
 

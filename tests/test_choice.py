@@ -31,9 +31,10 @@ def test_top_k_refuses(bad):
 
 
 def test_row_is_percent_with_intervals_over_users():
-    scores = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
-    row = choice_row(scores, users=["a", "a", "b", "b"], bootstrap=400)
-    assert row["top-1"] == 50 and row["top-1 low"] == 0 and row["top-1 high"] == 100 and row["n"] == 4 and "top-2" not in row
+    scores = np.array([[1.0, 0]] * 6 + [[0, 1]] * 6)
+    row = choice_row(scores, users=np.arange(12) // 2, bootstrap=2000)  # three users with all right, three with all wrong
+    assert row["top-1"] == 50 and row["top-1 low"] == 0 and row["top-1 high"] == 100 and row["n"] == 12 and "top-2" not in row
+    assert np.isnan(choice_row(scores, users=np.arange(12) // 3)["top-1 low"])  # four users tell nothing of a fifth
     same = choice_row(np.repeat([[1.0, 0], [0, 1]], 50, 0))
     assert 30 < same["top-1 low"] < 50 < same["top-1 high"] < 70
 

@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -47,6 +48,14 @@ def test_many_tests_must_not_fail_by_chance():
     good = Outcome("t", "", Number(9, 8, 10, 50), Number(9, 8, 10, 50))
     assert verdict([almost]) == "fails" and verdict([almost] + [good] * 9) == "undecided"
     assert n_needed([almost] + [good] * 9) == math.ceil(50 * (2.807034 / 1.959964 / 1.2) ** 2)
+
+def test_most_is_seldom_reached_by_chance():
+    "Nine true effects of eighteen, nine of nothing: that most hold is false, and said at most once in twenty."
+    rng = np.random.default_rng(0)
+    def said(z): return verdict([Outcome("t", "", Number(v, v - 1.96, v + 1.96, 50), Number(v, v - 1.96, v + 1.96, 50)) for v in z], "most")
+    found = [said(np.concatenate([rng.normal(6, 1, 9), rng.normal(0, 1, 9)])) for _ in range(1000)]
+    assert found.count("holds") < 40 and said([3.0] * 18) == "holds" and said([2.5] * 18) == "undecided"
+    assert said([-2.8] * 9 + [6.0] * 9) == "undecided" and said([-3.1] * 9 + [6.0] * 9) == "fails"  # 0.05 / 10 on either side: 2.81
 
 def test_samples_needed_by_hand(folder):
     assert one(folder, test("open")).n_needed == 100 * 2**2  # an effect of 0.1, half an interval of 0.2

@@ -115,8 +115,8 @@ def test_questions_rivals_and_controls(made):
 
 def test_compare_is_paired_and_by_user():
     good, bad = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    found = compare([good, good, bad, good], [good, bad, bad, good], ["a", "a", "b", "b"])
-    assert found["difference"] == 25 and found["low"] == 0 and found["high"] == 50 and found["verdict"] == "undecided" and found["n"] == 4
+    found = compare([good, good, bad, good] * 3, [good, bad, bad, good] * 3, list("aabbccddeeff"))  # each other user gains a half
+    assert found["difference"] == 25 and found["low"] == 0 and found["high"] == 50 and found["verdict"] == "undecided" and found["n"] == 12
     cases = pd.DataFrame({"user_id": list("aabb"), "seen": [True, True, False, False]})
     table = rows_of_table({"m": [good, good, bad, good]}, cases, (1,)).set_index("Users")["top-1"]
     assert table.to_dict() == {"all": 75, "seen": 100, "new": 50}

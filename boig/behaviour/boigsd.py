@@ -338,13 +338,14 @@ def fid_folds(
     true: torch.Tensor, # [B, D] of the same rows' own pictures
     name: str, # of the features
     groups=None, # [B] labels of rows that are left out together; None = each row by itself
-) -> np.ndarray: # [1 + FOLDS]: of all rows, then with each tenth left out
+) -> np.ndarray: # [1 + FOLDS]: of all rows, then with each tenth left out (NaN if there are fewer groups than tenths)
     "A Fréchet distance, and what it becomes without parts of the pictures."
     if len(drawn) != len(true): raise BoigError(f"{len(drawn)} drawn pictures are compared with {len(true)} true ones; take as many.")
     def d(rows): return [FeatureStatistics.of(f[rows], name) for f in (drawn, true)]
     _, group = np.unique(np.arange(len(drawn)) if groups is None else np.asarray(groups), return_inverse=True)
     fold = (torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[group]
-    rest = [frechet_distance(a.mean, a.covariance, b.mean, b.covariance) for a, b in (d(fold != j) for j in range(FOLDS))]
+    parts = range(FOLDS if group.max() + 1 >= FOLDS else 0) # of fewer groups some parts would leave out nothing
+    rest = [frechet_distance(a.mean, a.covariance, b.mean, b.covariance) for a, b in (d(fold != j) for j in parts)] or [math.nan] * FOLDS
     return np.array([float(distance(*d(fold >= 0))), *rest])
 
 def jackknife(folds: np.ndarray) -> tuple[float, float, float]: # value, and the ends of its 95% interval

@@ -14,7 +14,7 @@ from ..benches.instructions import DataSpec, listing1
 from ..core import BoigError, derive_seed
 from ..data.palette import TONE_NAMES
 from ..data.verbalization import MAX_COLORS, Verbalization, parse, round_to_one
-from ..metrics.verbalization_metrics import FEWEST, METRICS, bootstrap_means, score_verbalizations
+from ..metrics.verbalization_metrics import METRICS, bootstrap_means, score_verbalizations
 
 # %% ../../nbs/60_behaviour/62_evaluate.ipynb #c4b39392
 def pick_test_rows(
@@ -127,7 +127,7 @@ def differences(
         d = (part[list(METRICS)] - b.loc[part.index, list(METRICS)]) * np.array(list(METRICS.values()))
         stats = bootstrap_means(d.to_numpy(), resamples, derive_seed(seed, "differences", kpi), part.group)
         for m, mean, low, high, n in zip(METRICS, *stats):
-            measurable = n >= FEWEST and d[m].abs().max() > 0
+            measurable = low == low and d[m].abs().max() > 0 # no interval: too few values or groups
             verdict = "not measurable" if not measurable else "better" if low > 0 else "worse" if high < 0 else "undecided"
             out.append({"KPI": kpi, "Metric": m, "gain": mean, "low": low, "high": high, "n": int(n), "verdict": verdict})
     return pd.DataFrame(out)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import BoigError, derive_seed
+from .verbalization_metrics import interval
 
 # %% ../../nbs/40_metrics/45_agreement.ipynb #2cb5f686
 def count_answers(
@@ -84,4 +85,4 @@ def agreement_interval(
     rng = np.random.default_rng(derive_seed(seed, "agreement"))
     drawn = np.array([statistic(counts[rng.integers(0, len(counts), len(counts))]) for _ in range(resamples)])
     drawn = drawn[~np.isnan(drawn)]
-    return tuple(map(float, np.percentile(drawn, [2.5, 97.5]))) if len(drawn) else (np.nan, np.nan)
+    return tuple(map(float, interval(drawn, len(counts)))) if len(drawn) else (np.nan, np.nan)

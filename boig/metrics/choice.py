@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import BoigError, derive_seed
+from .verbalization_metrics import interval
 
 # %% ../../nbs/40_metrics/46_choice.ipynb #565473f7
 def top_k(
@@ -44,7 +45,7 @@ def choice_row(
     sums, counts = np.stack([np.bincount(of, right[:, i]) for i in range(len(ks))], 1), np.bincount(of)
     rng = np.random.default_rng(derive_seed(seed, "choice bootstrap"))
     drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=bootstrap)
-    low, high = np.percentile(drawn @ sums / (drawn @ counts)[:, None], [2.5, 97.5], axis=0) if bootstrap else (np.full(len(ks), np.nan),) * 2
+    low, high = interval(drawn @ sums / (drawn @ counts)[:, None], len(counts)) if bootstrap else (np.full(len(ks), np.nan),) * 2
     row = {}
     for i, k in enumerate(ks): row |= {f"top-{k}": 100 * right[:, i].mean(), f"top-{k} low": 100 * low[i], f"top-{k} high": 100 * high[i]}
     return row | {"n": len(right)}

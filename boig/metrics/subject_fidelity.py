@@ -71,7 +71,7 @@ def fidelity_table(
     rows = []
     for method, part in scores.groupby("method", sort=False):
         cells = _cells(part, by)
-        stats = bootstrap_means(part[list(metrics)].to_numpy(float), resamples, derive_seed(seed, "fidelity", method), cells, few=True)
+        stats = bootstrap_means(part[list(metrics)].to_numpy(float), resamples, derive_seed(seed, "fidelity", method), cells)
         row = {"Method": method, "n": len(part), "cells": cells.nunique()}
         for m, (mean, low, high, n) in zip(metrics, stats.T):
             if cells[part[m].notna()].nunique() < CELLS: low = high = np.nan
@@ -121,7 +121,7 @@ def change_costs(
 ) -> pd.DataFrame: # a row a change: score, cost, low, high
     "How much each change lowers the score, paired by picture."
     costs = scores.iloc[:, [0]].to_numpy() - scores.to_numpy()
-    mean, low, high, _ = bootstrap_means(costs, resamples, derive_seed(seed, "changes"), groups, few=True)
+    mean, low, high, _ = bootstrap_means(costs, resamples, derive_seed(seed, "changes"), groups)
     return pd.DataFrame({"score": scores.mean(), "cost": mean, "low": low, "high": high})
 
 def prefers_failures(

@@ -15,6 +15,7 @@ import torch
 
 from ..core import BoigError, derive_seed
 from ..metrics.choice import choice_row, distances, top_k
+from ..metrics.verbalization_metrics import interval
 from .model import PreferenceModel, judge, read, token_attention
 from .training import Histories, score_cases
 
@@ -48,7 +49,7 @@ def compare(
     of = pd.factorize(np.asarray(users))[0]
     sums, counts = np.bincount(of, gap), np.bincount(of)
     drawn = np.random.default_rng(derive_seed(seed, "compare")).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=bootstrap)
-    low, high = np.percentile(drawn @ sums / (drawn @ counts), [2.5, 97.5])
+    low, high = interval(drawn @ sums / (drawn @ counts), len(counts))
     return {"difference": 100 * gap.mean(), "low": 100 * low, "high": 100 * high, "n": len(gap), "verdict": "better" if low > 0 else "worse" if high < 0 else "undecided"}
 
 def rows_of_table(
