@@ -120,7 +120,7 @@ def digest(value, length: int = 12) -> str:
 def fingerprint(tensors) -> str: # 12 characters
     "A name for numbers: a network's weights, pictures."
     import torch
-    return digest([f"{float(x.detach().double().flatten() @ torch.linspace(1, 2, x.numel(), dtype=torch.float64, device=x.device)):.6g}" for x in tensors])
+    return digest([f"{float(x.detach().cpu().double().flatten() @ torch.linspace(1, 2, x.numel(), dtype=torch.float64)):.6g}" for x in tensors])
 
 def same_run(
     folder, # that holds a run

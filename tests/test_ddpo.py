@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -248,12 +250,15 @@ def test_killed_and_gone_on(tmp_path):
             calls.append(1)
             if len(calls) == 4: print("now", flush=True); time.sleep(600)
             return t.brightness(images, prompts)
+        slow.name = "brightness"
         t.train({str(tmp_path/'a')!r}, reward=slow)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed, log = train(tmp_path/"a")
+    brightness.name = "brightness"  # the same reward, says who gives it the same name
+    try: resumed, log = train(tmp_path/"a")
+    finally: del brightness.name
     straight, log2 = train(tmp_path/"b")
     assert torch.equal(weights(resumed), weights(straight)) and log.reward.equals(log2.reward)
 
@@ -396,3 +401,56 @@ def test_one_clear_line(tmp_path):
         with pytest.raises(BoigError, match="no prompts"): train_ddpo(tiny(), prompts, brightness, tmp_path, SMALL)
     with pytest.raises(BoigError, match="not object"): train_ddpo(object(), PROMPTS, brightness, tmp_path, SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_reward_is_another_run(tmp_path):
+    "A function's code tells it from another, unless it has a name; an object's settings do."
+    one = dataclasses.replace(SMALL, epochs=1)
+    def reward(images, prompts, context): return images.mean((1, 2, 3))
+    _, log = train(tmp_path, one, reward=reward)
+    def reward(images, prompts, context): return images.mean((1, 2, 3))  # the same again
+    assert train(tmp_path, one, reward=reward)[1].equals(log)
+    def reward(images, prompts, context): return -images.mean((1, 2, 3))
+    with pytest.raises(BoigError, match="another code or settings of the reward"): train(tmp_path, one, reward=reward)
+    def made(sign): return lambda images, prompts, context: sign * images.mean((1, 2, 3))
+    train(tmp_path/"closure", one, reward=made(1))
+    with pytest.raises(BoigError, match="another code or settings"): train(tmp_path/"closure", one, reward=made(-1))
+    class Told:
+        name = "told"
+        def __init__(self, **settings): self.settings = settings
+        def __call__(self, images, prompts, context): return brightness(images, prompts)
+    train(tmp_path/"told", one, reward=Told(form="sum"))
+    with pytest.raises(BoigError, match="another code or settings"): train(tmp_path/"told", one, reward=Told(form="mean"))
+
+
+def test_context_is_one_for_all_and_part_of_the_plan(tmp_path):
+    one, prompts = dataclasses.replace(SMALL, epochs=1), ["a", "b"]
+    def go(context): return train_ddpo(tiny(), prompts, brightness, tmp_path, one, context, progress=False)
+    with pytest.raises(BoigError, match="one dict for all pictures.*PromptReward"): go([{}, {}])
+    go({"likes": 3, "like": torch.ones(2)})
+    go({"like": torch.ones(2), "likes": 3})
+    with pytest.raises(BoigError, match="another context"): go({"likes": 4, "like": torch.ones(2)})
+
+
+@pytest.mark.parametrize("answer", [lambda n: (torch.ones(n), {}), lambda n: {}, lambda n: None, lambda n: [None] * n])
+def test_what_is_no_reward_is_said_at_once(answer):
+    with pytest.raises(BoigError, match=r"A reward gives \[B\] numbers"): score(lambda images, prompts, context: answer(len(images)), torch.zeros(2, 3, 8, 8), ["a", "b"])
+
+
+def test_prompts_of_numpy_and_pandas_can_be_gone_on_with(tmp_path):
+    config = dataclasses.replace(SMALL, epochs=1, seed=np.int64(3), advantages="prompt")
+    for kind in (np.array, pd.Series, lambda p: (x for x in p)):
+        train_ddpo(tiny(), kind(["a", "b"]), brightness, tmp_path, config, progress=False)
+    assert len(train_ddpo(tiny(), ["a", "b"], brightness, tmp_path, dataclasses.replace(config, epochs=2, seed=3), progress=False)) == 2
+    (tmp_path/"checkpoint.pt").write_bytes(b"cut off")
+    with pytest.raises(BoigError, match="no checkpoint that can be read. Delete it"): train_ddpo(tiny(), ["a", "b"], brightness, tmp_path, config, progress=False)
+
+
+def test_a_buffer_that_never_fills_is_refused():
+    with pytest.raises(BoigError, match=r"set buffer to that or more"): train_ddpo(tiny(), ["a"], brightness, "nowhere", dataclasses.replace(SMALL, advantages="prompt", buffer=8, min_count=16))
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path):
+    train(tmp_path, dataclasses.replace(SMALL, epochs=1))
+    _, log = train(tmp_path, dataclasses.replace(SMALL, epochs=2, micro_batch=1, micro_steps=2, gradient_checkpointing=True))
+    assert len(log) == 2

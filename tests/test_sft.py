@@ -175,3 +175,8 @@ def test_trackers(monkeypatch):
     with pytest.raises(BoigError, match="Install its package"): find_tracker("wandb")
     monkeypatch.setattr(tuning, "get_available_trackers", lambda: [])
     with pytest.warns(UserWarning, match="log.csv only"): assert find_tracker("auto") == ""
+
+
+@pytest.mark.parametrize("wrong", [lambda x: 2 * x - 1, lambda x: x * 255, lambda x: (x * 255).byte()])
+def test_pictures_of_another_range_are_refused(tmp_path, wrong):
+    with pytest.raises(BoigError, match=r"floats in \[0, 1\]"): train_sft(tiny(), wrong(pictures()), TEXTS, tmp_path, SMALL, progress=False)

@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from test_sampler import tiny
@@ -72,3 +73,17 @@ def test_fingerprints_tell_mirrored_and_negated_numbers_apart():
     x = torch.rand(3, 4, 4)
     names = {fingerprint([x]), fingerprint([-x]), fingerprint([x.flip(-1)]), fingerprint([x.flip(0)])}
     assert len(names) == 4 and fingerprint([x]) == fingerprint([x.clone()])
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_pipeline_of_half_precision_is_saved_whole(tmp_path, lora):
+    "What was learned is smaller than what bf16 rounds off; each network gets its own precision back."
+    pipe = tiny().to(torch.bfloat16)
+    pipe.vae.to(torch.float32)  # as people keep it, against NaN
+    seen = []
+    with pytest.warns(UserWarning, match="bfloat16 again.*has it whole"):
+        train(tmp_path, dataclasses.replace(SMALL, lora_rank=lora, lr=1e-5), pipe, watch=lambda p, epoch: seen.append({n: x.detach().clone() for n, x in p.unet.named_parameters()}) or {})
+    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    file = tmp_path/("adapter/pytorch_lora_weights.safetensors" if lora else "pipeline/unet/diffusion_pytorch_model.safetensors")
+    saved, learned = list(safetensors.torch.load_file(file).values()), [x for n, x in seen[-1].items() if not lora or "lora" in n]
+    assert len(saved) == len(learned) > 10 and all(any(torch.equal(a, x) for a in saved) for x in learned)

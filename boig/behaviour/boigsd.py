@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from .evaluate import KPI_ORDER
 from .reward import BoigReward, load_boig
 from ..benches.instructions import SPECS, desired
-from ..core import BoigError, atomic_path, closest, derive_seed
+from ..core import BoigError, atomic_path, closest, derive_seed, digest, fingerprint
 from ..data.verbalization import Verbalization, parse
 from ..data.world import Context, accounts, expected
 from ..diffusion.pipeline import as_png, draw, load_pipeline
@@ -139,6 +139,11 @@ class PromptReward:
         self.rewards, self.rows = rewards, asked.set_index("prompt", drop=False)
         self.name = ", ".join(dict.fromkeys(r.name for r in rewards.values()))
 
+    @property
+    def settings(self) -> dict:
+        "What tells this reward from others of its name."
+        return {bench: r.settings for bench, r in self.rewards.items()} | {"contexts": digest(self.rows.context.tolist())}
+
     def __call__(self, images: torch.Tensor, prompts: list[str], context=None) -> torch.Tensor: # [B] float32
         "Rewards; BoigError for a prompt that nobody asked for."
         if lost := [p for p in prompts if p not in self.rows.index]: raise BoigError(f"No request has the prompt '{lost[0]}'.")
@@ -195,7 +200,7 @@ def diversity(
     prompts: list[str], # B of them; those of one text are compared
 ) -> float: # 0: all the same; NaN if every prompt has one picture only
     "How different the pictures of a prompt are."
-    f, found = F.normalize(features.double(), dim=-1), []
+    f, found = F.normalize(features.cpu().double(), dim=-1), []
     for p in dict.fromkeys(prompts):
         own = f[[q == p for q in prompts]]
         if (n := len(own)) > 1: found.append(1 - ((own @ own.T).sum() - n) / (n * (n - 1)))
@@ -216,6 +221,11 @@ class Watch:
     last: int = 0 # epochs in all: the end is looked at, too
     seed: int = 0
     paths: int = 8 # for the divergence
+
+    def what(self, pipe) -> str: # 12 characters
+        "A name for a model and how it is looked at."
+        asked = {name: [list(rows.prompt), each] for name, (rows, each) in self.sets.items()}
+        return digest([fingerprint(pipe.unet.parameters()), asked, self.sampling, self.seed, self.paths, [[k, r.name, getattr(r, "settings", None)] for k, r in (self.rewards | self.judges).items()]])
 
     def __call__(self, pipe, epoch: int) -> dict[str, float]:
         "After an epoch (from 0): the means of a look, or nothing."
@@ -240,10 +250,10 @@ def look(
     pipe,
     done: int, # epochs so far; 0: before any
 ) -> dict[str, float]: # means of each set as <set>_<column>, and kl
-    "Look at a model, or read what was seen then."
-    file = watch.folder/"looks"/f"{done:05d}.parquet"
-    if not file.is_file():
-        table = pd.concat([_one_set(watch, pipe, name) for name in watch.sets], ignore_index=True).assign(done=done)
+    "Look at a model, or read what was seen of the same one in the same way."
+    file, what = watch.folder/"looks"/f"{done:05d}.parquet", watch.what(pipe)
+    if not file.is_file() or pd.read_parquet(file).get("look", pd.Series([""]))[0] != what:
+        table = pd.concat([_one_set(watch, pipe, name) for name in watch.sets], ignore_index=True).assign(done=done, look=what)
         prompts = list(dict.fromkeys(next(iter(watch.sets.values()))[0].prompt))[:watch.paths]
         seeds = [derive_seed(watch.seed, "path", i) for i in range(len(prompts))]
         table["kl"] = divergence(pipe, watch.base, prompts, seeds, watch.sampling["num_inference_steps"], watch.sampling["guidance_scale"])

@@ -169,6 +169,11 @@ class BoigReward:
         self.model, self.tokenizer, self.spec, self.verbalizer, self.behaviour, self.name = model, tokenizer, spec, verbalizer, behaviour, name
         self.scoring, self.how = dict(batch_size=batch_size, with_prompt=scored == "all"), dict(form=form, scale=scale, shift=shift, bounds=bounds)
 
+    @property
+    def settings(self) -> dict:
+        "What tells this reward from others of its name."
+        return self.how | {"with_prompt": self.scoring["with_prompt"], "spec": str(self.spec), "behaviour": self.behaviour}
+
     def explain(
         self,
         images: torch.Tensor, # [B, 3, H, W] in [0, 1]

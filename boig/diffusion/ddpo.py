@@ -11,15 +11,17 @@ __all__ = ['FAST', 'ddpo_sf', 'ddpo_is', 'standardize', 'flat', 'deviation', 'Ad
 import copy
 import time
 import warnings
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import date
 
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..core import BoigError, derive_seed, digest
+from ..core import BoigError, derive_seed, digest, fingerprint
 from .sampler import Trajectories, log_prob, make_steps, sample, step_policy, to_ddim
 from .tuning import Tuning, TuningConfig, check_choice, check_positive, load_run, step, train_epochs
 
@@ -91,11 +93,13 @@ def score(
     context: dict | None = None,
 ) -> tuple[torch.Tensor, str]: # [B] float32 on the CPU, NaN where the reward failed; what went wrong first, or ""
     "What each picture is worth."
-    try: r = torch.as_tensor(reward(images, prompts, context)).detach().float().cpu()
+    try: r = reward(images, prompts, context)
     except Exception as error:
         if len(images) == 1: return torch.full((1,), torch.nan), f"{type(error).__name__}: {error}"
         parts = [score(reward, images[k:k + 1], prompts[k:k + 1], context) for k in range(len(images))]
         return torch.cat([p for p, _ in parts]), next((problem for _, problem in parts if problem), "")
+    try: r = torch.as_tensor(r).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError): raise BoigError(f"A reward gives [B] numbers, NaN where there is none; this one gave a {type(r).__name__} that is none.") from None
     if r.shape != (len(images),): raise BoigError(f"A reward of {len(images)} pictures has the shape [{len(images)}]; this one gave {list(r.shape)}.")
     bad = ~r.isfinite()
     return r.masked_fill(bad, torch.nan), "it gave NaN or infinity" if bad.any() else ""
@@ -141,11 +145,12 @@ FAST = dict(group=8, shared_start=True, window=2, advantages="group", fresh=True
 
 def _check(c: DDPOConfig, prompts):
     "BoigError for settings that cannot work together."
-    if isinstance(prompts, str) or not len(prompts): raise BoigError("There are no prompts; pass a list with at least one.")
+    if not prompts: raise BoigError("There are no prompts; pass a list with at least one.")
     for name, known in dict(loss=("is", "sf"), advantages=("prompt", "global", "group")).items(): check_choice(c, name, known)
     check_positive(c, "epochs", "samples", "batch_size", "micro_batch", "micro_steps", "inner_epochs", "steps", "group")
     if c.samples % c.batch_size: raise BoigError(f"samples ({c.samples}) must be a multiple of batch_size ({c.batch_size}).")
     if c.batch_size % c.group: raise BoigError(f"batch_size ({c.batch_size}) must be a multiple of group ({c.group}).")
+    if c.advantages == "prompt" and c.min_count > c.buffer: raise BoigError(f"Only buffer ({c.buffer}) rewards of a prompt are remembered, so it would never have min_count ({c.min_count}) of them; set buffer to that or more.")
     if c.advantages == "group" and c.group < 2: raise BoigError("advantages='group' compares the pictures of a group: set group to 2 or more.")
     if c.loss == "sf" and (c.inner_epochs > 1 or c.samples != c.batch_size and not c.fresh): raise BoigError("loss='sf' can use each picture for one update: set inner_epochs = 1 and batch_size = samples (or fresh), or loss='is'.")
     if not 0 < c.eta <= 1 or not 0 < c.timestep_fraction <= 1 or not 0 < c.reach <= 1: raise BoigError("eta, timestep_fraction and reach must lie in (0, 1].")
@@ -181,12 +186,26 @@ def path_loss(
     return step_loss(log_prob(paths.latents[rows, i + 1], mean, sigma), paths.log_probs[rows, i], mean, sigma, advantage, config, base_mean)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #84457aa5
+def _plain(x):
+    "What of a value can be compared with that of another process."
+    if isinstance(x, torch.Tensor): return fingerprint([x])
+    if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set, frozenset)): return sorted(map(repr, x)) if isinstance(x, (set, frozenset)) else [_plain(v) for v in x]
+    return x if isinstance(x, (str, int, float, type(None))) else str(x) if isinstance(x, date) else type(x).__name__
+
+def _making(reward) -> str: # 12 characters
+    "A name for what a reward is made of: its `settings`, if it has some; of a function without a `name`, its code."
+    def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else _plain(x) for x in code.co_consts]]
+    if hasattr(reward, "name") or not (code := getattr(reward, "__code__", None)): return digest(_plain(getattr(reward, "settings", None)))
+    return digest([of(code), _plain(reward.__defaults__), [_plain(c.cell_contents) for c in reward.__closure__ or ()]])
+
 class Run(Tuning):
     "A training in memory."
-    adapter, free = "ddpo", ("epochs", "tracker", "keep_graph", "overlap", "gradient_checkpointing")
-    def __init__(self, pipe, prompts, reward, folder, config: DDPOConfig):
+    adapter, free = "ddpo", (*Tuning.free, "micro_steps", "keep_graph", "overlap")
+    def __init__(self, pipe, prompts, reward, folder, config: DDPOConfig, context: dict | None = None):
         _check(config, prompts)
-        super().__init__(pipe, folder, config, {"prompts": digest(list(prompts)), "reward": getattr(reward, "name", type(reward).__name__)})
+        plan = {"prompts": digest(prompts), "reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward), "context": digest(_plain(context))}
+        super().__init__(pipe, folder, config, plan)
         pipe.scheduler = to_ddim(pipe.scheduler)
         self.base = copy.deepcopy(pipe.unet).requires_grad_(False).eval() if config.kl and not config.lora_rank else None
         self.advantages = Advantages(config.advantages, config.buffer, config.min_count, config.advantage_clip)
@@ -340,7 +359,10 @@ def train_ddpo(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log, one row an epoch
     "Train a pipeline to please a reward, or go on where a stopped run was."
-    run = Run(pipe, prompts, reward, folder, config)
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable): raise BoigError(f"There are no prompts in a {type(prompts).__name__}; pass a list with at least one.")
+    if not isinstance(context, (Mapping, type(None))): raise BoigError("The context is one dict for all pictures. A reward that needs another for each prompt looks it up by the prompt, as boig.behaviour.boigsd.PromptReward does.")
+    prompts = [str(p) for p in prompts]
+    run = Run(pipe, prompts, reward, folder, config, context)
     run.advantages.seen = load_run(run).get("seen", {})
     def one_epoch(epoch): return _epoch(run, epoch_prompts(prompts, config, epoch), reward, context, epoch)
     return train_epochs(run, one_epoch, "reward", lambda: {"seen": run.advantages.seen}, watch, progress)

@@ -17,7 +17,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from ..core import BoigError, derive_seed, digest
 from .sampler import PREDICTIONS
 from .tuning import Tuning, TuningConfig, check_positive, load_run, step, train_epochs
-from ..perception.pixels import to_tensor
+from ..perception.pixels import check_pictures, to_tensor
 
 # %% ../../nbs/50_diffusion/53_sft.ipynb #4d65be9a
 def noisy(
@@ -69,6 +69,7 @@ def encode(
     height, width = (s * pipe.vae_scale_factor for s in ((side, side) if isinstance(side, int) else side))
     for k in range(0, len(images), batch_size):
         x = torch.stack([_tensor(i) for i in images[k:k + batch_size]])
+        check_pictures(x)
         if x.shape[1:] != (3, height, width): raise BoigError(f"This pipeline learns from pictures of {height}×{width}; these are {list(x.shape[1:])}. Resize them first.")
         z = pipe.vae.encode((2 * x - 1).to(pipe.device, pipe.vae.dtype))
         mean, std = (z.latents, torch.zeros_like(z.latents)) if isinstance(pipe.vae, AutoencoderTiny) else (z.latent_dist.mean, z.latent_dist.std)

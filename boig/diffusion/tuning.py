@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TuningConfig', 'check_positive', 'check_share', 'check_choice', 'find_tracker', 'trainable', 'Tuning', 'step',
-           'save_run', 'load_run', 'averaged', 'save_result', 'train_epochs']
+           'save_run', 'load_run', 'averaged', 'restore', 'save_result', 'train_epochs']
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #04d10fbe
 import math
@@ -14,6 +14,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pandas as pd
 import torch
@@ -83,14 +84,15 @@ class Tuning:
     "A denoiser in training: its weights, optimiser, running average, log, and the folder that keeps them."
     adapter = "tuned" # the name of LoRA's weights in the pipeline
     bad = 0 # steps in a row whose gradient was no finite number
-    free = ("epochs", "tracker") # settings that may change when a run goes on
+    free = ("epochs", "tracker", "micro_batch", "gradient_checkpointing") # settings that may change when a run goes on
 
     def __init__(self, pipe: StableDiffusionPipeline, folder, config: TuningConfig, plan: dict):
         if not isinstance(pipe, StableDiffusionPipeline): raise BoigError(f"Training needs a StableDiffusionPipeline, not {type(pipe).__name__}.")
         check_choice(config, "precision", ("no", "bf16", "fp16"))
         if config.lora_rank < 0 or not 0 <= config.ema < 1: raise BoigError("lora_rank must be at least 0, and ema lie in [0, 1).")
-        self.pipe, self.folder, self.config, self.before, self.log = pipe, Path(folder), config, pipe.unet.dtype, []
-        self.plan = {k: v for k, v in asdict(config).items() if k not in self.free} | {"model": fingerprint(pipe.unet.parameters())} | plan
+        self.pipe, self.folder, self.config, self.log = pipe, Path(folder), config, []
+        self.before = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        self.plan = {k: v.item() if hasattr(v, "item") else v for k, v in asdict(config).items() if k not in self.free} | {"model": fingerprint(pipe.unet.parameters())} | plan
         self._check_folder()
         self.tracker = find_tracker(config.tracker)
         self.accelerator = Accelerator(cpu=pipe.device.type == "cpu", log_with=self.tracker or None, project_dir=str(folder))
@@ -108,7 +110,8 @@ class Tuning:
 
     def _check_folder(self):
         if not (path := self.folder/"checkpoint.pt").exists(): return
-        plan = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["plan"]
+        try: plan = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["plan"]
+        except (UnpicklingError, RuntimeError, EOFError, KeyError): raise BoigError(f"'{path}' is no checkpoint that can be read. Delete it to start again.") from None
         same_run(self.folder, plan, self.plan, {"model": ", or go on with a freshly loaded pipeline"})
 
     def autocast(self): return torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
@@ -160,10 +163,15 @@ def averaged(run: Tuning):
     try: yield
     finally: swap()
 
+def restore(run: Tuning, *parts: str):
+    "Give networks of the pipeline (none named: all) the precision back that they came with."
+    for part in parts or run.before: getattr(run.pipe, part).to(run.before[part])
+
 def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
-    "Save what was trained, with the running average's weights if there is one."
+    "Save what was trained, in single precision, with the running average's weights if there is one."
     for p, average in zip(run.params, run.average): p.data.copy_(average)
-    pipe, name = run.pipe.to(run.before), "adapter" if run.config.lora_rank else "pipeline"
+    pipe, name = run.pipe, "adapter" if run.config.lora_rank else "pipeline"
+    restore(run, *(part for part in run.before if part != "unet"))
     if run.accelerator.is_main_process:
         with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{name}.") as tmp:
             if run.config.lora_rank:
@@ -173,6 +181,8 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
             shutil.rmtree(run.folder/name, ignore_errors=True)
             Path(tmp, "new").rename(run.folder/name)
     run.accelerator.wait_for_everyone()
+    if (half := run.before["unet"]) != torch.float32: warnings.warn(f"The pipeline in memory is {str(half).removeprefix('torch.')} again, which rounds what was learned; {run.folder/name} has it whole.", stacklevel=2)
+    restore(run, "unet")
     return run.folder/name
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #35014cb6

@@ -58,7 +58,7 @@ class FeatureStatistics:
     def of(cls, features: torch.Tensor, name: str = "features") -> "FeatureStatistics": # [N, D]
         "The statistics of a batch."
         if features.ndim != 2 or not len(features): raise BoigError(f"Features must be [N, D] with N ≥ 1, not {list(features.shape)}.")
-        f = features.detach().double().cpu()
+        f = features.detach().cpu().double() # Apple's GPUs have no doubles
         if not f.isfinite().all(): raise BoigError("The features are not finite: look at the pictures and at the model's precision.")
         return cls(name, len(f), f.mean(0), (f - f.mean(0)).T @ (f - f.mean(0)))
 

@@ -188,7 +188,7 @@ class PersonaliseConfig(TuningConfig):
 
 class Learner(Tuning):
     "One subject's training in memory."
-    free = ("tracker",)
+    free = ("tracker", "gradient_checkpointing")
     def __init__(self, pipe, folder, config: PersonaliseConfig, plan: dict, params: list | None = None): # None: the whole denoiser
         check_positive(config, "steps", "batch_size", "every")
         if config.lora_rank: raise BoigError("The personalisation methods train no LoRA (InstructBooth's second stage does); set lora_rank=0.")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..benches.subjects import fill_prompt
 from ..core import atomic_path, fingerprint
+from ..diffusion.tuning import restore
 from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, rare_words,
                                    read_pictures, save_subject, save_word, speaking, with_prior)
 from .dreambooth import prior_latents
@@ -85,9 +86,9 @@ def train_custom_diffusion(
     loss = _loss(pipe, subject, config, own, prior, token, vector)
     log = learn(run, loss, progress=progress)
     table.data[token] = vector.data
-    pipe.to(run.before)
     save_attention(Path(folder)/WEIGHTS, pipe.unet)
     save_word(Path(folder)/"learned_embeds.safetensors", config.word, vector)
+    restore(run)
     save_subject(folder, "custom_diffusion", " ".join(filter(None, [config.word, subject.description, subject.noun])))
     return log
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, fingerprint, seed_everything
+from ..diffusion.tuning import restore
 from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
                                    save_subject, speaking)
 from .textual_inversion import TEMPLATES
@@ -167,7 +168,7 @@ def train_neti(
         return {"loss": denoising_loss(pipe, pick(own, config.batch_size, g), pipe.encode_prompt(texts, pipe.device, 1, False)[0], g).mean()}
     log = learn(run, loss, progress=progress)
     neti.g = None
-    pipe.to(run.before)
+    restore(run)
     with atomic_path(Path(folder)/"mapper.safetensors") as tmp: save_file({k: v.float().cpu().contiguous() for k, v in mapper.state_dict().items()}, tmp)
     save_subject(folder, "neti", config.word, like=like, hidden=config.hidden)
     return log

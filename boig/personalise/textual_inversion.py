@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from ..benches.subjects import fill_prompt
 from ..core import fingerprint
+from ..diffusion.tuning import restore
 from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
                                    save_subject, save_word, speaking)
 
@@ -54,7 +55,7 @@ def train_textual_inversion(
         return {"loss": denoising_loss(pipe, pick(own, config.batch_size, g), states, g).mean()}
     log = learn(run, loss, progress=progress)
     table.data[token] = vector.data
-    pipe.to(run.before)
+    restore(run)
     save_word(Path(folder)/"learned_embeds.safetensors", config.word, vector)
     save_subject(folder, "textual_inversion", config.word)
     return log
