@@ -177,6 +177,8 @@ def test_a_look_is_taken_once_and_tells_the_best(both, rewards, tmp_path, monkey
     gallery = table.query("done == 4 and set == 'gallery'")
     assert len(gallery) == 3 and gallery.image.notna().sum() == 1 and gallery.reward[gallery.image.notna()].item() == gallery.reward.max()
     assert (table.kl == 0).all() and table[table.set == "valid"].image.isna().all()
+    with torch.no_grad(): next(pipe.unet.parameters()).mul_(-1)
+    with pytest.raises(TypeError): look(watch, pipe, 2)  # of another model, nothing was seen yet
     with pytest.raises(BoigError, match="Nobody looked"): all_looks(tmp_path/"elsewhere")
 
 
