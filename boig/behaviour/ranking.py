@@ -112,7 +112,7 @@ def behaviour_worth(
 def nats_to_have(
     words: float, looks: float, # rank correlations with the outcome: of the words, of the verbalisation
 ) -> float:
-    "What a picture's outcome tells about it beyond the words, in nats; 0 where the looks foretell no better."
+    "What a picture's outcome tells about it beyond the words, in nats; 0 where the looks predict no better."
     r = 2 * np.sin(np.pi * np.array([words, looks]) / 6)
     return max(0.0, float(0.5 * np.log((1 - r[0]**2) / (1 - r[1]**2))))
 

@@ -191,7 +191,7 @@ def word_losses(
     subject: BenchSubject, # that the methods have learned
     batches: int = 24, # of 16 latents
 ) -> dict[str, float]: # "no word", "its class", and the name of each method that learns by this loss: mean squared error
-    "How well each way to name a subject foretells its pictures: eq. 1 without prior, at the same times with the same noise for all."
+    "How well each way to name a subject predicts its pictures: eq. 1 without prior, at the same times with the same noise for all."
     own, found = lesson.at(subject), {}
     ways = {"no word": (load_pipeline(lesson.base), ""), "its class": (load_pipeline(lesson.base), subject.noun)}
     ways |= {METHODS[m]: load_personalised(own/m, lesson.base) for m in lesson.configs if (own/m/"subject.json").is_file()}
