@@ -219,9 +219,7 @@ def write_report(
     *others, # of the same scale with other seeds: the claims are judged on all of them together
 ) -> Path: # of its index.html
     "Judge the claims and draw `index.html` from what is in a results folder; BoigError if it is none, or a table cannot be read."
-    results, stages = Path(results), load_stages()
-    ours = (place := results/"index.html").is_file() and "<title>boig · results" in place.read_text(encoding="utf-8", errors="replace")
-    if not results.is_dir() or place.exists() and not ours: results_folder(results) # somebody else's page is not replaced
+    results, stages = results_folder(results), load_stages() # nothing of somebody else's is replaced
     for folder in (results, *map(Path, others)):
         if not folder.is_dir(): raise BoigError(f"There is no results folder '{folder}'.")
         for path in sorted((folder/"tables").glob("*.csv")): _csv(path) # before any of them is judged
@@ -232,7 +230,7 @@ def write_report(
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
         tables=[table1_block(results, e) for e in dict.fromkeys(ENDINGS[s.params["bench"]] for s in stages.values() if "bench" in s.params)],
         data=[data_block(results, *d) for d in _DATA], blocks=stage_blocks(results, stages), others=_others(results, stages), gallery=gallery(results))
-    return write_text(place, page)
+    return write_text(results/"index.html", page)
 
 def _others(results: Path, stages: dict) -> list[dict]:
     "The tables that no other part of the page shows."

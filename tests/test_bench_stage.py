@@ -204,6 +204,7 @@ def test_the_page_shows_the_data_sets(tmp_path):
     from boig.report import write_report
     (tmp_path/"tables").mkdir()
     (tmp_path/"figures").mkdir()
+    (tmp_path/".boig.lock").touch()  # as a run leaves it
     assert "The data: Stock" in write_report(tmp_path).read_text() and "Table 4 of BOIG" not in write_report(tmp_path).read_text()
     pd.DataFrame({"line": ["pictures", "likes, mean"], "all": [4000, 12.5], "high": [2000, 99.25], "paper, high": [35649, None], "scale": "pocket", "seed": 42, "n": 4000}).to_csv(tmp_path/"tables"/"boigbench_statistics.csv", index=False)
     pd.DataFrame({"KPI": ["high"], "n": [2000], "# objects": [2.31], "pocket-aesthetic <b>": [0.1], "scale": "pocket", "seed": 42}).to_csv(tmp_path/"tables"/"boig_table3.csv", index=False)

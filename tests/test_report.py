@@ -203,6 +203,7 @@ def test_two_seeds_are_judged_together(made, tmp_path):
     import shutil
     for seed in (42, 43):
         shutil.copytree(made/"tables", tmp_path/str(seed)/"tables")
+        (tmp_path/str(seed)/".boig.lock").touch()  # as a run leaves it
         for t in (tmp_path/str(seed)/"tables").glob("*.csv"): pd.read_csv(t).assign(scale="pocket", seed=seed).to_csv(t, index=False)
     said = write_report(tmp_path/"42", tmp_path/"43").read_text(encoding="utf-8")
     assert ", 2 seeds" in said and f"Judged together with {tmp_path/'43'}" in said and "Judged together" not in write_report(tmp_path/"43").read_text(encoding="utf-8")
@@ -227,6 +228,23 @@ def test_somebody_elses_page_is_left_alone(tmp_path):
     (tmp_path/"index.html").write_text("My site.")
     with pytest.raises(BoigError, match="no results of a run"): write_report(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"] and (tmp_path/"index.html").read_text() == "My site."
+
+@pytest.mark.parametrize("files", [["claims.csv"], ["claims.csv", "tables/mine.csv"], ["photo.png"]])
+def test_nothing_is_written_among_somebody_elses_files(tmp_path, files):
+    for f in files:
+        (tmp_path/f).parent.mkdir(exist_ok=True)
+        (tmp_path/f).write_text("insurance,claims\n1,2\n")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    with pytest.raises(BoigError, match="no results of a run. Name a folder"): write_report(tmp_path)
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+def test_the_shipped_page_is_not_replaced_by_a_poorer_one(tmp_path):
+    "The shipped folder is flat: its page is boig's own, but was drawn from elsewhere."
+    import shutil
+    shutil.copytree(Path(boig.__file__).parents[1]/"results"/"reference"/"reference", tmp_path/"shipped", ignore=shutil.ignore_patterns("*.png"))
+    before = {p: p.read_bytes() for p in (tmp_path/"shipped").rglob("*") if p.is_file()}
+    with pytest.raises(BoigError, match="boig report --compare"): write_report(tmp_path/"shipped")
+    assert {p: p.read_bytes() for p in (tmp_path/"shipped").rglob("*") if p.is_file()} == before
 
 def test_tables_are_folded():
     t = pd.DataFrame({"what": ["a"], "start": 1.0, "gain": 0.5, "low": 0.25, "high": 0.75, "± x": 0.1, "x": 2.5, "n": 3000, "empty": None, "seed": 1, "scale": "pocket"})
