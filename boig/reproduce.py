@@ -64,7 +64,7 @@ if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 def leashed(*command) -> list[str]:
     "A command line that runs `command` and dies when this process does."
-    return [sys.executable, "-c", _LEASH, str(os.getpid()), *map(str, command)]
+    return [sys.executable, "-P", "-c", _LEASH, str(os.getpid()), *map(str, command)]
 
 # %% ../nbs/95_front/95_reproduce.ipynb #a0485eef
 def _exists(pid: int) -> bool:
@@ -287,7 +287,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
                  **(needs(s) if profile else dict(threads=threads, resources={}))) for s in todo.values()]
     write_json(results/"plan.json", dict(pid=os.getpid(), host=platform.node(), targets=[r["marker"] for r in rows], steps=rows))
     (results/".events.jsonl").write_text("")
-    command = leashed(sys.executable, "-m", "snakemake", *_engine(results, profile, jobs, threads), "--directory", results,
+    command = leashed(sys.executable, "-P", "-m", "snakemake", *_engine(results, profile, jobs, threads), "--directory", results,
         "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nocolor")
     with open(log := results/"snakemake.log", "w") as said:
         engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
@@ -325,10 +325,10 @@ def _cores() -> int:
 
 # %% ../nbs/95_front/95_reproduce.ipynb #3452cbbc
 def _show(engine, steps: list[Step], results: Path, jobs: int, draw) -> list[str]:
-    "Print each stage's start and end, and the time left, while the engine runs; the messages of those that failed."
+    "Print each stage's start and end, and the time left, while the engine runs; the messages of those that failed for good."
     place = {s.stage.name: f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title}" for i, s in enumerate(steps, 1)}
     todo = {s.stage.name: expected(results, s.params["scale"], s.stage.name) for s in steps if s.why} # seconds, None = never timed
-    seen, began, failures, running, live = 0, {}, [], True, sys.stdout.isatty()
+    seen, began, failures, running, live = 0, {}, {}, True, sys.stdout.isatty()
     def left(): return time_left(todo, {n: time.time() - t for n, t in began.items()}, jobs)
     def line(text): print(f"\r\x1b[K{text}" if live else text, flush=True)
     while running:
@@ -341,14 +341,16 @@ def _show(engine, steps: list[Step], results: Path, jobs: int, draw) -> list[str
                 began[name] = e["time"]
                 if not live: line(f"{place[name]} …")
                 continue
-            took, _ = seconds(e["time"] - began.pop(name)), todo.pop(name)
+            took, _ = seconds(e["time"] - began.pop(name)), todo.pop(name, None)
             line(f"{place[name]} {'failed after' if failed else '·'} {took}{'' if failed else left()}")
-            if failed: failures.append(f"Stage {name} failed. {e['text']}")
-            else: draw()
+            if failed: failures[name] = f"Stage {name} failed. {e['text']}"
+            else:
+                failures.pop(name, None)  # Snakemake tried again (`retries`)
+                draw()
         seen = len(lines)
         if live: print(f"\r\x1b[K{_now(began, todo)}{left()}"[:4 + shutil.get_terminal_size().columns], end="" if running else "\r\x1b[K", flush=True)
         if running: time.sleep(0.1)
-    return failures + [f"Stage {name} was killed before it ended (out of memory?)." for name in began]
+    return [*failures.values(), *(f"Stage {name} was killed before it ended (out of memory?)." for name in began)]
 
 # %% ../nbs/95_front/95_reproduce.ipynb #523b23c7
 def _now(began: dict, todo: dict) -> str:
@@ -376,11 +378,13 @@ def reproduce(
     asked = dict(scale=scale, llm=llm, overrides=(overrides or {}) | ({} if seed is None else {"seed": seed}), only=list(only), start=list(start))
     if results is not None and Path(results).is_dir(): results_folder(results) # nothing is written among somebody else's files
     values, own, results = asked_for(asked, results)
-    notebooks = Path(notebooks or project_root()/"nbs").resolve()
+    notebooks, package = Path(notebooks or project_root()/"nbs").resolve(), Path(package or str(files("boig"))).resolve()
+    if (beside := notebooks.parent/package.name).is_dir() and not beside.samefile(package): # the kernels would import it, under the keys of another code
+        raise BoigError(f"The notebooks would import '{beside}', but the library that runs is '{package}'. Run `pip install -e .` in '{beside.parent}', or start in the checkout that is installed.")
     if jobs is None and not profile: jobs = min(2, _cores())
     if jobs is not None and jobs < 1: raise BoigError(f"--jobs must be 1 or more, not {jobs}.")
     stages = choose(load_stages(table, scale), only, start)
-    def plan(): return make_plan(stages, values, results, notebooks, Path(package or str(files("boig"))).resolve())
+    def plan(): return make_plan(stages, values, results, notebooks, package)
     folder = profile_folder(profile) if profile else None
     if dry_run: return _dry(plan(), results, bool(profile))
     began = time.time()

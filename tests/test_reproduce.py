@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from boig import stages, zoo
+from boig import reproduce as module, stages, zoo
 from boig.core import BoigError, sha256_file
 from boig.reproduce import _append, only_run, reproduce, run_stage
 from boig.results import _repeatable, leftovers, planned, prune, status, verify
@@ -277,6 +278,24 @@ def test_a_stage_may_belong_to_some_scales_only(world, capsys):
     with pytest.raises(BoigError, match="which no earlier stage makes"): load_stages(table, "smoke")
 
 
+def test_another_copy_of_the_library_is_refused(world, tmp_path_factory):
+    "Kernels import what lies beside the notebooks; keys are of what the command imports."
+    elsewhere = tmp_path_factory.mktemp("installed")/"toylib"
+    shutil.copytree(world.root/"toylib", elsewhere)
+    for kw in ({}, {"dry_run": True}):
+        with pytest.raises(BoigError, match=f"would import '{world.root}/toylib', but the library that runs is '{elsewhere}'. Run `pip install -e .` in '{world.root}'"): world.run(package=elsewhere, **kw)
+    assert not world.results.exists()
+    link = elsewhere.with_name("link")
+    link.symlink_to(world.root/"toylib")
+    world.run(package=link, dry_run=True)  # the same folder by another name
+
+def test_our_own_library_beside_the_notebooks_is_refused_too(tmp_path, monkeypatch):
+    for folder in ("nbs", "boig"): (tmp_path/folder).mkdir()
+    (tmp_path/"settings.ini").write_text("lib_name = boig\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BoigError, match="would import '.*/boig', but the library that runs is"): reproduce(scale="smoke", results=tmp_path/"r", dry_run=True)
+
+
 # Runs
 
 def test_first_run_then_nothing_then_what_changed(finished, capsys):
@@ -329,6 +348,23 @@ def test_failing_rerun_keeps_the_old_result_and_reports_in_few_lines(finished, c
     with pytest.raises(BoigError, match="^Stage second failed. Mend this.$"): world.run()
     world.notebook("second", SECOND)
     world.run()
+
+def test_a_stage_that_is_tried_again_has_not_failed(tmp_path, monkeypatch):
+    "With Snakemake's `retries`: first both fail, then one of them ends well."
+    monkeypatch.setattr(module, "expected", lambda *a: 5.0)
+    told = [("a", "start"), ("b", "start"), ("a", "fail"), ("b", "fail"), ("a", "start"), ("a", "end"), ("b", "start"), ("b", "fail")]
+    (tmp_path/".events.jsonl").write_text("".join(json.dumps(dict(stage=s, event=e, time=i, text=f"Node {i} is lost.")) + "\n" for i, (s, e) in enumerate(told)))
+    drawn, steps = [], [SimpleNamespace(stage=SimpleNamespace(name=n, title=n), params={"scale": "smoke"}, why="new") for n in "ab"]
+    assert module._show(SimpleNamespace(poll=lambda: 0), steps, tmp_path, 1, lambda: drawn.append(1)) == ["Stage b failed. Node 7 is lost."] and drawn == [1]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is `ctypes` imported")
+def test_files_where_the_command_is_given_are_not_run(world, tmp_path_factory, monkeypatch):
+    "A ctypes.py of the user's own, say: neither the leash nor Snakemake imports it."
+    here = tmp_path_factory.mktemp("here")
+    for name in ("ctypes", "snakemake", "typing_extensions"): (here/f"{name}.py").write_text(f"open({str(here/'was_run')!r}, 'w')\nraise SystemExit(9)\n")
+    monkeypatch.chdir(here)
+    world.run(only=["other"])
+    assert (world.results/"c.txt").read_text() == "50" and not (here/"was_run").exists()
 
 def test_old_file_does_not_pass_for_a_new_one(finished):
     world, _ = finished
