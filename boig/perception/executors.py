@@ -56,7 +56,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         "The command that does a part, when followed by `k n`."
-        return [sys.executable, "-c", "from boig.cli import app; app()", "shard", self.folder]
+        return [sys.executable, "-P", "-c", "from boig.cli import app; app()", "shard", self.folder]
 
     def work(self) -> Shards:
         "What is to be done, as planned last."
@@ -99,7 +99,7 @@ def array_script(
     options: list[str] = (), # of sbatch, one a line: "--gpus=1", "--time=04:00:00"
 ) -> str:
     "The script of a Slurm array: each task does its part of the shards."
-    lines = [f"--array=0-{tasks - 1}", "--job-name=boig-shards", f"--output={run.folder}/slurm/%a.log", *options]
+    lines = [f"--array=0-{tasks - 1}", "--job-name=boig-shards", f"--output={shlex.quote(f'{run.folder}/slurm/%a.log')}", *options]
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {line}" for line in lines), f'exec {shlex.join(run.command)} "$SLURM_ARRAY_TASK_ID" {tasks}', ""])
 
 def slurm(
@@ -113,7 +113,7 @@ def slurm(
     script = Path(run.folder)/"slurm"/"array.sh"
     script.parent.mkdir(parents=True, exist_ok=True)
     write_text(script, array_script(run, max(1, min(tasks, len(shards))), options))
-    if not shutil.which("sbatch"): raise BoigError(f"There is no sbatch on this machine. On a login node that sees this folder: sbatch --wait {script}")
+    if not shutil.which("sbatch"): raise BoigError(f"There is no sbatch on this machine. On a login node that sees this folder: sbatch --wait {shlex.quote(str(script))}")
     failed = subprocess.run(["sbatch", "--wait", str(script)]).returncode
     clean_logs(script.parent)
     if failed: raise BoigError(f"Tasks of the array failed; what they said: {script.parent}. What is done is kept; the same call goes on.")
