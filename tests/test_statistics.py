@@ -12,6 +12,7 @@ from boig.benches.statistics import (as_text, by_month, ground_truth, looks_by_b
                                      score_figure, scores, statistics)
 from boig.core import BoigError
 from boig.data.verbalization import Verbalization
+from boig.perception import pixels
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +109,19 @@ def test_a_reward_sees_each_picture_with_its_own_caption(tweets):
     assert scores(tweets, reward, batch_size=2) == pytest.approx([i * 50 / 255 for i in range(5)])
     assert {tuple(s[2:]) for s in seen} == {(8, 8), (12, 8)} and max(s[0] for s in seen) <= 2
     assert scores(tweets.head(0), reward).shape == (0,)
+
+
+def test_photographs_are_unpacked_a_few_at_a_time(monkeypatch):
+    "Not all of a table's before the first is scored."
+    unpacked, seen, plain = [], [], pixels.to_tensor
+    monkeypatch.setattr(pixels, "to_tensor", lambda p: unpacked.append(1) or plain(p))
+    table = pd.DataFrame({"captions": [f"{i}" for i in range(9)], "image": [picture(10 * i, (2400, 1600)) for i in range(9)]})
+    def reward(images, prompts):
+        seen.append(len(unpacked))
+        assert torch.equal((images[:, 0, 0, 0] * 255 / 10).round(), torch.tensor([float(p) for p in prompts]))
+        return images[..., ::99, ::99].mean((1, 2, 3))
+    assert scores(table, reward, batch_size=2) == pytest.approx([i * 10 / 255 for i in range(9)])
+    assert seen == [5, 5, 9, 9, 9]  # four are a part, and one more was read to know that
 
 
 def test_score_figure_is_named_and_normed(tweets):

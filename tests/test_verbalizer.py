@@ -18,9 +18,10 @@ from boig.perception.captioning import load_captioner, named, say, tiny_blip, ti
 from boig.perception.colors import verbalize_colors
 from boig.perception.detector import Detection
 from boig.perception.grounding import load_grounder, prompts, read_boxes, text_of, tiny_grounder, to_pil
+from boig.perception.pixels import parts_of
 from boig.perception.ram import tiny_ram
 from boig.perception.saliency import tiny_saliency
-from boig.perception.verbalizer import Verbalizer, load_verbalizer, parts_of, settle, thin_out, whole_box
+from boig.perception.verbalizer import Verbalizer, load_verbalizer, settle, thin_out, whole_box
 
 logging.disable_progress_bar()
 WORDS = ("cat", "teddy", "bear", "shoe", "watch", "tree", "burger", "hat")

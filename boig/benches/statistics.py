@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..core import BoigError, closest
 from ..data.palette import PALETTE_HEX
-from ..perception.pixels import by_size, open_rgb
+from ..perception.pixels import by_size, open_rgb, parts_of
 from ..rewards.base import Reward
 
 # %% ../../nbs/48_benches/54_statistics.ipynb #bcfeae76
@@ -151,9 +151,9 @@ def scores(
 ) -> np.ndarray: # [N] float
     "What a reward says of each picture for its caption."
     prompts, found = [str(c) for c in table.captions], []
-    for i in range(0, len(table), 16 * batch_size):  # pictures are unpacked a part at a time
-        part = [x["bytes"] for x in table.image.iloc[i:i + 16 * batch_size]]
-        found += by_size(lambda x, ids: reward(x, [prompts[i + k] for k in ids]).detach().cpu().tolist(), part, batch_size)
+    for part in parts_of((x["bytes"] for x in table.image), 16 * batch_size):  # of several sizes: many at once, so that batches are full
+        own = prompts[len(found):]
+        found += by_size(lambda x, ids: reward(x, [own[k] for k in ids]).detach().cpu().tolist(), part, batch_size)
     return np.array(found, dtype=float)
 
 def score_figure(
