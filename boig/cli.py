@@ -167,7 +167,7 @@ def _doctor(scale: Annotated[str, typer.Option(help="Whose models: smoke, pocket
 # %% ../nbs/95_front/97_cli.ipynb #283cabd9
 @app.command("verbalize")
 def _verbalize(
-    table: Annotated[Path, typer.Argument(help="A Parquet file with the columns id and image.")],
+    table: Annotated[Path, typer.Argument(help="A Parquet file with the columns id and image: the bytes of a picture's file, or a struct of bytes and path.")],
     folder: Annotated[Path, typer.Argument(help="Where to; of this table alone.")],
     verbalizer: Annotated[str, typer.Option(help="pocket, or paper: RAM, Grounding DINO, U2-Net, LLaVA.")] = "pocket",
     executor: Annotated[str, typer.Option(help="here, local (several processes), slurm (an array of jobs) or ray.")] = "here",

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -28,6 +30,7 @@ from boig.core import BoigError
 from boig.data.verbalization import Verbalization, parse
 from boig.perception import executors, shards as module
 from boig.perception.executors import verbalize_with
+from boig.perception.pixels import open_rgb
 from boig.perception.shards import ROWS, Shards, content_hash, cut, pictures_of, verbalize_rows, verbalize_table, weights_hash
 
 
@@ -266,6 +269,34 @@ def test_odd_exif_costs_one_picture(tag, data):
     assert fine["error"] is None and odd["error"].startswith("the picture is damaged (")
 
 
+def test_a_thin_picture_costs_one_row(tmp_path):
+    "With the paper's grounder, which refuses it."
+    from boig.perception.grounding import load_grounder, tiny_grounder
+    from boig.perception.verbalizer import Verbalizer
+    grounder = load_grounder(tiny_grounder(tmp_path/"dino"), device="cpu")
+    sizes = {"fine": (8, 8), "thin": (1000, 20), "tall": (1, 41), "widest": (40, 1)}
+    seen = verbalize_table(pd.DataFrame({"id": list(sizes), "image": [packed(1, s) for s in sizes.values()]}), tmp_path/"seen", Verbalizer(lambda x: grounder(x, [["cat"]] * len(x)))).set_index("id")
+    assert list(seen.index[seen.error.isna()]) == ["fine", "widest"] == list(seen.index[seen.verbalization.notna()])
+    assert seen.error["thin"] == "the picture is too long and thin to be looked at (1000×20; at most 1:40)."
+    assert json.loads((tmp_path/"seen"/"manifest.json").read_text())["left out"] == {"the picture is too long and thin to be looked at": 2}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "MPO"])
+def test_what_is_on_the_web_is_read(format):
+    Image.new("RGB", (6, 4), "red").save(file := io.BytesIO(), format)
+    assert open_rgb(file.getvalue()).size == (6, 4)
+
+
+def test_no_program_is_started_by_a_picture(tmp_path, monkeypatch):
+    "PostScript is a program, and Pillow hands it to Ghostscript."
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a: pytest.fail("Ghostscript was started"))
+    Image.new("RGB", (6, 4)).save(eps := tmp_path/"x.eps", "EPS")
+    Image.new("RGB", (6, 4)).save(tmp_path/"x.ppm", "PPM")
+    for source in (eps, eps.read_bytes(), (tmp_path/"x.ppm").read_bytes()):
+        with pytest.raises(BoigError, match="is in no format that can be read.$"): open_rgb(source)
+
+
 def test_a_broken_verbalizer_is_no_pictures_fault(tmp_path):
     class Broken(Fake):
         def __call__(self, pictures): raise BoigError("the weights are gone")
@@ -285,6 +316,15 @@ def test_a_parquet_file_is_read_in_pieces(tmp_path_factory, n, group, data):
     wanted = sorted(data.draw(st.sets(st.integers(0, n - 1))))
     expected = [(i, None if i % 7 == 3 or i % 5 == 3 else b"%d" % i) for i in wanted]
     for table in (path, frame): assert list(pictures_of(table).at(wanted)) == expected and pictures_of(table).ids == list(frame.id)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("path", pa.string()), ("bytes", pa.binary()), ("width", pa.int32())])], ids=str)
+def test_plain_bytes_are_pictures_too(tmp_path, kind):
+    files = [packed(1), None, packed(2)]
+    cells = [{"path": "x", "bytes": f, "width": 5} for f in files] if pa.types.is_struct(kind) else files
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "image": pa.array(cells, kind)}), tmp_path/"t.parquet")
+    for table in (tmp_path/"t.parquet", pd.read_parquet(tmp_path/"t.parquet")): assert list(pictures_of(table).at([0, 1, 2])) == list(enumerate(files))
+    assert verbalize_table(tmp_path/"t.parquet", tmp_path/"seen", Fake()).error.isna().tolist() == [True, False, True]
 
 
 def test_bad_tables(tmp_path):
@@ -317,7 +357,8 @@ def quick(tmp_path, monkeypatch):
     "A table of 60 pictures, and a verbalizer that needs no models, here and in the processes that are started; one process's files."
     (tmp_path/"site").mkdir()
     (tmp_path/"site"/"sitecustomize.py").write_text(STUB + "sys.modules[stub.__name__] = stub\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path/'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    ours = Path(module.__file__).parents[2]  # which need not be the one that is installed
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path/"site"), str(ours), os.environ.get("PYTHONPATH")])))
     exec(STUB, scope := {})
     monkeypatch.setitem(sys.modules, "boig.perception.verbalizer", scope["stub"])
     for cache in (executors._models, executors._open): cache.cache_clear()
@@ -334,7 +375,11 @@ def same(quick, executor, name):
     files = [p.relative_to(quick/"alone") for p in (quick/"alone").rglob("*") if p.is_file()]
     assert len(files) > 5 and all((quick/name/f).read_bytes() == (quick/"alone"/f).read_bytes() for f in files)
 
-def test_local_processes_give_the_same_files(quick):
+def test_local_processes_give_the_same_files(quick, monkeypatch):
+    "And run nothing that lies where they were started."
+    (quick/"here").mkdir()
+    (quick/"here"/"typer.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(quick/"here")
     same(quick, "here", "here")
     same(quick, partial(executors.local, processes=2), "local")
     (some := sorted((quick/"local"/"shards").iterdir())[0]).unlink()
@@ -349,9 +394,11 @@ def test_a_slurm_array_gives_the_same_files(quick, monkeypatch):
                       'for k in $(seq ${range#*-} -1 ${range%-*}); do SLURM_ARRAY_TASK_ID=$k bash "$2" || exit 1; done\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{quick/'bin'}{os.pathsep}{os.environ['PATH']}")
-    same(quick, partial(executors.slurm, tasks=2, options=["--gpus=1"]), "slurm")
-    script = (quick/"slurm"/"slurm"/"array.sh").read_text()
+    same(quick, partial(executors.slurm, tasks=2, options=["--gpus=1"]), "my pictures")
+    script = (quick/"my pictures"/"slurm"/"array.sh").read_text()
     assert "#SBATCH --array=0-1\n" in script and "#SBATCH --gpus=1\n" in script
+    said = [shlex.split(line) for line in script.splitlines() if "--output" in line]
+    assert said == [["#SBATCH", f"--output={quick}/my pictures/slurm/%a.log"]]
 
 def test_ray_gives_the_same_files(quick):
     "Real Ray, where it is installed."

@@ -25,7 +25,7 @@ from torch import nn
 
 import boig
 from ..core import BoigError, atomic_path, digest, sha256_file, write_json
-from .pixels import open_rgb
+from .pixels import check_stretch, open_rgb
 
 # %% ../../nbs/30_perception/38_shards.ipynb #de261607
 ROWS = pa.schema([("id", pa.string()), ("verbalization", pa.string()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("error", pa.string())])
@@ -41,6 +41,7 @@ def verbalize_rows(
         try:
             if data is None: raise BoigError("there is no picture")
             row["width"], row["height"] = open_rgb(data).size
+            check_stretch(row["width"], row["height"])
         except BoigError as e: row["error"] = str(e)
     good = [(row, data) for row, (_, data) in zip(made, rows) if row["error"] is None]
     pictures = [data for _, data in good]  # as files: the verbalizer unpacks a few at a time
@@ -89,7 +90,10 @@ class Pictures:
     ids: list[str]
     at: Callable # ascending positions -> (position, bytes or None), one after the other
 
-def _bytes(image) -> bytes | None: return image.get("bytes") if isinstance(image, dict) else None
+def _bytes(image) -> bytes | None:
+    "A picture's file, from a cell of a table."
+    if isinstance(image, dict): image = image.get("bytes")
+    return image if isinstance(image, bytes) else None
 
 def _from_parquet(path, positions) -> Iterator[tuple]:
     "Some pictures of a Parquet file; what lies between them is read and dropped, never held."
@@ -98,7 +102,7 @@ def _from_parquet(path, positions) -> Iterator[tuple]:
         for group in range(file.num_row_groups):
             start, end = end, end + file.metadata.row_group(group).num_rows
             if not ((wanted >= start) & (wanted < end)).any(): continue
-            for batch in file.iter_batches(64, row_groups=[group], columns=["image.bytes"]):
+            for batch in file.iter_batches(64, row_groups=[group], columns=["image"]):
                 for p in wanted[(wanted >= start) & (wanted < start + len(batch))]: yield int(p), _bytes(batch["image"][int(p) - start].as_py())
                 start += len(batch)
 
