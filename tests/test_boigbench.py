@@ -603,6 +603,24 @@ def test_pull_waits_and_tries_again(tmp_path, token):
     assert slept.count(1) == 6
 
 
+def test_the_monthly_cap_ends_a_pull(tmp_path, token):
+    "X answers 429 then too, and says no time; what came is kept."
+    cap, slept = {"title": "UsageCapExceeded", "type": "https://api.twitter.com/2/problems/usage-capped", "period": "Monthly"}, []
+    with pytest.raises(BoigError, match="monthly cap is reached. Run again when it resets"): go(X(trouble={3: httpx.Response(429, json=cap)}), tmp_path, slept=slept)
+    assert slept == [1, 1] and (tmp_path/"adobe_2018-01-01_2023-01-01.jsonl").read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-rate-limit-reset": "900"}])  # the second: this machine's clock is ahead
+def test_a_service_that_stays_busy_is_given_up(tmp_path, token, caplog, headers):
+    asked, slept = [], []
+    def busy(request):
+        asked.append(request)
+        return httpx.Response(429 if len(asked) < 50 else 400, headers=headers)
+    with pytest.raises(BoigError, match="does not answer .429 Too Many Requests"): go(busy, tmp_path, slept=slept)
+    assert len(asked) == x_api.BUSY + 1 and slept == sorted(slept) and 900 < sum(slept) < 3600  # X counts in quarters of an hour
+    assert caplog.text.count("429 Too Many Requests; trying again in") == x_api.BUSY
+
+
 def test_the_token_goes_nowhere(tmp_path, token, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     echo = httpx.Response(400, text=f"Invalid username. Your token {SECRET}.")
