@@ -90,7 +90,7 @@ def test_the_hand_made_pages_give_the_right_rows(posts):
 
 def test_the_summary_counts_everything(posts):
     s = posts[1]
-    read = dict(files=1, malformed=2, pages=3, tweets=9, unreadable=0, deleted=1, repeated=2, missing=2, videos=1, gifs=1, others=0)
+    read = dict(files=1, malformed=2, pages=3, tweets=9, unreadable=0, retweets=0, deleted=1, repeated=2, missing=2, videos=1, gifs=1, others=0)
     written = dict(kept=6, bare=2, several=1, zero=2, accounts=2, pictures=7)
     assert {k: getattr(s, k) for k in read | written} == read | written
     assert s.tweets == s.kept + s.unreadable + s.deleted + s.repeated
@@ -168,12 +168,20 @@ def test_an_unreadable_tweet_is_counted(change):
     assert len(list(page_rows(page, s))) == 3 and (s.unreadable, s.deleted) == (1, 1)
 
 
+@pytest.mark.parametrize("change, skipped", [({"referenced_tweets": [{"type": "replied_to", "id": "1"}, {"type": "retweeted", "id": "2"}]}, True), ({"text": "RT @fan: Four"}, True),
+                                             ({"referenced_tweets": [{"type": "quoted", "id": "1"}], "text": "RT @fan: so true"}, False), ({"text": "RT this and win"}, False)])
+def test_retweets_are_no_tweets_of_the_account(change, skipped):
+    page, s = json.loads(HAND[0]), Summary()
+    page["data"][0] |= change
+    assert len(list(page_rows(page, s))) == 4 - skipped and (s.tweets, s.retweets, s.deleted) == (5, skipped, 1)
+
+
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["3_1", "1", "photo", "101"]),
                       lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["id", "media_key", "users", "media", "type", "username", "media_keys", "like_count"]), v, max_size=3), max_leaves=6)
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(["data", "includes", "attachments", "author_id", "text", "users", "media", "type", "username", "url", "alt_text", "width"]), values)
+@given(st.sampled_from(["data", "includes", "attachments", "referenced_tweets", "author_id", "text", "users", "media", "type", "username", "url", "alt_text", "width"]), values)
 def test_no_page_is_fatal(where, value):
     def put(node):
         if isinstance(node, dict): return {k: value if k == where else put(v) for k, v in node.items()}

@@ -52,6 +52,7 @@ class Summary:
     pages: int = _count("pages")
     tweets: int = _count("tweets")
     unreadable: int = _count("- of these without a number, a time or likes: skipped")
+    retweets: int = _count("- that pass on another's tweet: skipped")
     deleted: int = _count("- whose author is gone: skipped")
     repeated: int = _count("- that came again: the last is kept")
     missing: int = _count("media that a tweet names and its page lacks: left out")
@@ -82,6 +83,11 @@ def _text(value) -> str | None: # None for anything but text
     try: value.encode()
     except UnicodeEncodeError: value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value.replace("\0", "")
+
+def _is_retweet(tweet: dict, text: str) -> bool:
+    "Whether it passes on another's tweet; by its text if the page was asked for without `referenced_tweets`."
+    shown = tweet.get("referenced_tweets")
+    return any(isinstance(r, dict) and r.get("type") == "retweeted" for r in shown) if isinstance(shown, list) else text.startswith("RT @")
 
 def _size(value) -> int | None: return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else None
 
@@ -127,6 +133,7 @@ def page_rows(
         summary.tweets += 1
         try: number, when, text, likes = _tweet(tweet)
         except ValueError as e: summary.skip("unreadable", f"{place}, tweet {n}", e); continue
+        if _is_retweet(tweet, text): summary.retweets += 1; continue
         author = tweet.get("author_id")
         account = _text(users.get(author, {}).get("username") if isinstance(author, str) else None)
         if not account: summary.deleted += 1; continue
