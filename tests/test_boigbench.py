@@ -90,10 +90,10 @@ def test_the_hand_made_pages_give_the_right_rows(posts):
 
 def test_the_summary_counts_everything(posts):
     s = posts[1]
-    read = dict(files=1, malformed=2, pages=3, tweets=9, unreadable=0, retweets=0, deleted=1, repeated=2, missing=2, videos=1, gifs=1, others=0)
+    read = dict(files=1, malformed=2, pages=3, tweets=9, unreadable=0, retweets=0, deleted=1, unnamed=0, repeated=2, missing=2, videos=1, gifs=1, others=0)
     written = dict(kept=6, bare=2, several=1, zero=2, accounts=2, pictures=7)
     assert {k: getattr(s, k) for k in read | written} == read | written
-    assert s.tweets == s.kept + s.unreadable + s.deleted + s.repeated
+    assert s.tweets == s.kept + sum(s.skipped().values()) + s.repeated
     assert [re.search(r"jsonl:(\d)", p)[1] for p in s.places] == ["2", "4"] and all(p in str(s) for p in s.places)
     assert re.search(r"\b2  lines .*skipped\n", str(s)) and re.search(r"\b1  videos\n", str(s))
 
@@ -174,6 +174,19 @@ def test_retweets_are_no_tweets_of_the_account(change, skipped):
     page, s = json.loads(HAND[0]), Summary()
     page["data"][0] |= change
     assert len(list(page_rows(page, s))) == 4 - skipped and (s.tweets, s.retweets, s.deleted) == (5, skipped, 1)
+
+
+@pytest.mark.parametrize("part, name", [("includes", "users"), ("data", "author_id")])
+def test_pages_asked_for_without_authors_are_said(tmp_path, part, name):
+    "Not the authors are gone: the question was another."
+    page = json.loads(HAND[0])
+    for x in page["data"] if part == "data" else [page["includes"]]: x.pop(name)
+    (tmp_path/"a.jsonl").write_text(json.dumps(page))
+    with pytest.raises(BoigError, match=r"None of 5 tweets in .* can be used: 5 that came without authors \(ask with expansions=author_id\)\.$"): write_posts(tmp_path, tmp_path/"posts.parquet")
+    assert not (tmp_path/"posts.parquet").exists()
+    (tmp_path/"b.jsonl").write_bytes(hand())
+    s = write_posts(tmp_path, tmp_path/"posts.parquet")
+    assert (s.tweets, s.unnamed, s.deleted, s.kept) == (14, 5, 1, 6) and s.tweets == s.kept + sum(s.skipped().values()) + s.repeated
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["3_1", "1", "photo", "101"]),

@@ -54,6 +54,7 @@ class Summary:
     unreadable: int = _count("- of these without a number, a time or likes: skipped")
     retweets: int = _count("- that pass on another's tweet: skipped")
     deleted: int = _count("- whose author is gone: skipped")
+    unnamed: int = _count("- that came without authors (ask with expansions=author_id): skipped")
     repeated: int = _count("- that came again: the last is kept")
     missing: int = _count("media that a tweet names and its page lacks: left out")
     videos: int = _count("videos")
@@ -66,6 +67,10 @@ class Summary:
     accounts: int = _count("accounts")
     pictures: int = _count("pictures")
     places: list[str] = field(default_factory=list) # of the first things that could not be read
+
+    def skipped(self) -> dict[str, int]: # why -> tweets
+        "The tweets of which nothing is kept."
+        return {f.metadata["what"][2:].removesuffix(": skipped"): n for f in fields(self)[:-1] if f.name in ("unreadable", "retweets", "deleted", "unnamed") and (n := getattr(self, f.name))}
 
     def skip(self, what: str, place: str, why):
         "Count something unreadable, say where it is, go on."
@@ -135,6 +140,7 @@ def page_rows(
         except ValueError as e: summary.skip("unreadable", f"{place}, tweet {n}", e); continue
         if _is_retweet(tweet, text): summary.retweets += 1; continue
         author = tweet.get("author_id")
+        if not users or not author: summary.unnamed += 1; continue
         account = _text(users.get(author, {}).get("username") if isinstance(author, str) else None)
         if not account: summary.deleted += 1; continue
         shown = tweet.get("attachments")
@@ -279,7 +285,7 @@ def write_posts(
     previews: bool = False, # take the still frame of videos and GIFs
     memory: str = "512MB", # for DuckDB; the rest goes to disk beside `out`
 ) -> Summary:
-    "Pages of X API v2 as one table of posts, each tweet once; BoigError only if nothing at all can be read."
+    "Pages of X API v2 as one table of posts, each tweet once; BoigError only if nothing at all can be used."
     out, summary = Path(out), Summary()
     files = [f for f in _files(source) if f.resolve() != out.resolve()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -288,6 +294,8 @@ def write_posts(
         _gather(con, files, folder, summary, previews)
         summary.files = len(files)
         if not summary.tweets: raise BoigError(f"No tweets in '{source}'" + (f"; the first problem: {summary.places[0]}" if summary.places else ": no pages (.jsonl) and no tables (.parquet)."))
+        if sum((lost := summary.skipped()).values()) == summary.tweets:
+            raise BoigError(f"None of {summary.tweets:,} tweets in '{source}' can be used: {', '.join(f'{n:,} {why}' for why, n in lost.items())}.")
         _finish(con, folder, out, summary)
     return summary
 
