@@ -256,6 +256,18 @@ def test_posts_are_a_source_too(tmp_path, posts):
     assert sorted(left[left.tweet_id == "101"].number) == [1, 2, 3] and left.created_at.min() == datetime(2020, 5, 1, 10)
 
 
+def test_a_table_s_last_row_counts(tmp_path):
+    "A tweet collected again, its pictures in any rows: the last row's likes and text for all of them, and no row without a picture beside them."
+    rows = [("1", "3_1", 5, "old"), ("1", "3_2", 5, "old"), ("2", None, 1, "old"), ("3", None, 2, "old"), ("4", "3_4", 3, "once"), ("2", "3_9", 7, "new"), ("1", "3_1", 900, "new"), ("3", None, 1, None)]
+    pd.DataFrame(rows, columns=["tweet_id", "media_key", "likes", "text"]).assign(account="A", created_at=pd.Timestamp("2020-01-01"), url=lambda t: t.text, type="photo", alt_text=None, width=1, height=1).to_parquet(tmp_path/"t.parquet", row_group_size=2)
+    s = write_posts(tmp_path/"t.parquet", tmp_path/"posts.parquet")
+    assert [(r.tweet_id, r.media_key, r.number, r.likes, r.text, r.url) for r in table(tmp_path/"posts.parquet").itertuples()] == [
+        ("1", "3_1", 1, 900, "new", "new"), ("1", "3_2", 2, 900, "new", "old"), ("2", "3_9", 1, 7, "new", "new"), ("3", None, 0, 1, None, None), ("4", "3_4", 1, 3, "once", "once")]
+    assert (s.tweets, s.repeated, s.kept) == (7, 3, 4)
+    twice = write_posts([tmp_path/"t.parquet"] * 2, tmp_path/"posts.parquet")
+    assert (twice.tweets, twice.repeated, twice.kept) == (14, 10, 4)
+
+
 def test_other_tables_are_counted(tmp_path, posts):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path/"a.parquet")
     (tmp_path/"b.parquet").write_bytes(b"no table")
