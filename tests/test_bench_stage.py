@@ -57,7 +57,7 @@ def build(folder, rules, verbalizer, shard_rows=512):
     chosen = pd.read_parquet(folder/"chosen.parquet")
     media = collect_media(chosen, folder/"media", unpack=False)
     files = {i: media.files[k] for i, k in zip(chosen.id, chosen.media_key) if k in media.files}
-    bench, left_out = look(chosen.assign(subgroup=chosen.tweet_id), files, folder/"seen", verbalizer, shard_rows=shard_rows)
+    bench, left_out = look(chosen, files, folder/"seen", verbalizer, shard_rows=shard_rows)
     write_benchmark(bench, folder/"bench.parquet", group=64)
     write_card("boigbench", bench, folder/"bench.md", "a test", file="bench.parquet")
     return media, left_out

@@ -410,7 +410,7 @@ def test_the_choice_is_that_of_plain_pandas(data, tmp_path, ties):
     expected, k = naive_choice(data[0], rules)
     found = pd.read_parquet(tmp_path/"out.parquet")
     assert dict(zip(found.id, found.bucket)) == dict(zip(expected.tweet_id + "_" + expected.media_key, expected.bucket)) and len(found) > 200
-    assert set(found.columns) == {"id", *POSTS.names, "bucket", "split"} and report.start < report.end
+    assert set(found.columns) == {"id", *POSTS.names, "bucket", "split", "subgroup"} and (found.subgroup == found.tweet_id).all() and report.start < report.end
     for bucket in ("high", "low"):  # the test sample: the smallest hashes, whole tweets, a tenth of what was wanted
         own = found[found.bucket == bucket].assign(h=lambda t: spin(t.tweet_id.astype("int64"), seed_of(rules, "split"))).sort_values("h")
         upto = own.groupby("h").size().cumsum()
@@ -450,6 +450,27 @@ def test_no_tweet_is_in_two_places(data, tmp_path):
     assert set(found.split) == {"train", "valid", "test"} and report.buckets.pictures.sum() == len(found)
     some = choose_pictures(data[1], tmp_path/"few.parquet", replace(PLAIN, test=30, valid=0)).buckets
     assert set(some.split) == {"train", "test"} and some[some.split == "test"].pictures.between(27, 30).all()
+
+
+def test_no_picture_is_in_two_splits(data, tmp_path):
+    "Every second picture is another's, in chains and across buckets; tweets that show none again are split as if no one did."
+    again, rng = data[0].copy(), np.random.default_rng(3)
+    shown = np.flatnonzero(again.number > 0)
+    later = rng.choice(shown, len(shown) // 2, replace=False)
+    again.loc[later, "media_key"] = again.media_key[rng.choice(shown, len(later))].values
+    for rows, name in ((data[0], "plain"), (again, "again")): choose_pictures(store(rows, tmp_path/f"{name}.posts"), tmp_path/f"{name}.parquet", PLAIN)
+    plain, found = (pd.read_parquet(tmp_path/f"{name}.parquet") for name in ("plain", "again"))
+    groups = []  # the plain way: sets of tweets that grow together
+    for own in found.groupby("media_key").tweet_id.agg(set):
+        near = [g for g in groups if g & own]
+        groups = [g for g in groups if not g & own] + [set().union(own, *near)]
+    first = {t: min(g, key=int) for g in groups for t in g}
+    assert (found.subgroup == found.tweet_id.map(first)).all() and (found.groupby("media_key").split.nunique() == 1).all() and (found.groupby("subgroup").split.nunique() == 1).all()
+    assert max(map(len, groups)) > 3 and found.groupby("subgroup").bucket.nunique().max() == 2 and set(found.split) == {"train", "valid", "test"}
+    alone = found[found.subgroup.map(found.groupby("subgroup").tweet_id.nunique()) == 1]
+    split = plain.drop_duplicates("tweet_id").set_index("tweet_id").split
+    assert len(alone) > 200 and (alone.split == alone.tweet_id.map(split)).all()
+    assert all(found.split[found.tweet_id == t].iloc[0] == split[first[t]] for t in found.tweet_id)  # where its group's first tweet goes
 
 
 def test_order_files_and_threads_do_not_matter(data, tmp_path):

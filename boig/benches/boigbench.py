@@ -200,19 +200,28 @@ def _draw(con, rules: Rules):
         con.execute("UPDATE plan SET cut = 0 WHERE k < pictures; UPDATE plan SET cut = exact.cut FROM exact WHERE plan.account = exact.account AND plan.bucket = exact.bucket")
     con.execute("CREATE OR REPLACE TEMP VIEW kept AS SELECT * EXCLUDE (spun, cut, k, n) FROM candidates WHERE spun < cut")
 
-def _split(con, rules: Rules) -> str: # SQL of a table: `kept` with split
+def _group(con):
+    "View `grouped`: `kept` with subgroup (the smallest tweet of those that pictures join) and lead (its bucket)."
+    con.execute("""CREATE OR REPLACE TEMP TABLE shared AS SELECT DISTINCT tweet_id, media_key, bucket, tweet_id::BIGINT AS first FROM kept
+                   WHERE media_key IN (SELECT media_key FROM kept GROUP BY media_key HAVING min(tweet_id) <> max(tweet_id))""")
+    lower = "UPDATE shared SET first = s.first FROM (SELECT {0}, min(first) AS first FROM shared GROUP BY {0}) s WHERE shared.{0} = s.{0} AND shared.first > s.first"
+    while any([con.execute(lower.format(c)).fetchone()[0] for c in ("media_key", "tweet_id")]): pass # until none is lowered
+    con.execute("""CREATE OR REPLACE TEMP VIEW grouped AS SELECT kept.*, coalesce(first::VARCHAR, tweet_id::VARCHAR) AS subgroup, coalesce(lead, bucket) AS lead FROM kept LEFT JOIN
+                   (SELECT DISTINCT s.tweet_id, s.first, l.bucket AS lead FROM shared s JOIN shared l ON l.tweet_id::BIGINT = s.first) USING (tweet_id)""")
+
+def _split(con, rules: Rules) -> str: # SQL of a table: `kept` with split and subgroup
     "Cut test and valid off each bucket; BoigError if nothing would be left to train on."
-    spun, quotas = f"spin(tweet_id, {derive_seed(rules.seed, 'split')}) AS h", []
+    seed, quotas = derive_seed(rules.seed, "split"), []
     for bucket, n in con.execute("SELECT bucket, sum(k)::BIGINT FROM plan GROUP BY ALL ORDER BY ALL").fetchall():
         test = round(rules.test * n) if rules.test < 1 else int(rules.test)
         if test >= n: raise BoigError(f"Bucket '{bucket}' has about {n:,} pictures; {test:,} for the test leave none to train on. Lower test.")
         quotas += [(bucket, "test", test, n), (bucket, "valid", test + round(rules.valid * (n - test)), n)]
     con.execute("CREATE OR REPLACE TEMP TABLE quotas (bucket VARCHAR, split VARCHAR, k BIGINT, n BIGINT)")
     con.executemany("INSERT INTO quotas VALUES (?, ?, ?, ?)", quotas)
-    rows = f"SELECT bucket, split, h, k, n FROM (SELECT bucket, {spun} FROM kept) JOIN quotas USING (bucket)"
+    rows = f"SELECT bucket, split, h, k, n FROM (SELECT bucket, spin(tweet_id, {seed}) AS h FROM kept) JOIN quotas USING (bucket)"
     cuts = {(b, s): cut for b, s, cut in con.execute(_cuts("bucket, split", rows)).fetchall()}
-    when = " ".join(f"WHEN bucket = '{b}' AND h < {cuts.get((b, s), 0)} THEN '{s}'" for b, s, *_ in quotas)
-    return f"SELECT * EXCLUDE (h), CASE {when} ELSE 'train' END AS split FROM (SELECT *, {spun} FROM kept)"
+    when = " ".join(f"WHEN lead = '{b}' AND h < {cuts.get((b, s), 0)} THEN '{s}'" for b, s, *_ in quotas)
+    return f"SELECT * EXCLUDE (h), CASE {when} ELSE 'train' END AS split FROM (SELECT *, spin(subgroup, {seed}) AS h FROM grouped)"
 
 # %% ../../nbs/48_benches/52_boigbench.ipynb #b163bc0f
 @dataclass
@@ -253,7 +262,7 @@ def choose_pictures(
     memory: str = "600MB", # for DuckDB; the rest goes to disk beside `out`
     threads: int = 0, # 0 = all cores
 ) -> Report:
-    "BoigBench before its pictures are read (§2.1): one row a picture, with id, bucket and split."
+    "BoigBench before its pictures are read (§2.1): one row a picture, with id, bucket, split and subgroup."
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as tmp, database(tmp, memory, threads) as con:
@@ -265,10 +274,11 @@ def choose_pictures(
         find_thresholds(con, rules.low, rules.high)
         steps = _steps(con, rules, gates, _make_plan(con, rules))
         _draw(con, rules)
+        _group(con)
         small = con.execute("SELECT sum(k) FROM plan").fetchone()[0] <= SORTED
         columns = {c: c for c in POSTS.names} | ({"text": r"regexp_replace(text, 'https?://\S+', '<hyperlink>', 'g')"} if rules.mask_links else {})
         with atomic_path(out) as part:
-            con.execute(f"""COPY (SELECT tweet_id || '_' || media_key AS id, {', '.join(f'{sql} AS {c}' for c, sql in columns.items())}, bucket, split
+            con.execute(f"""COPY (SELECT tweet_id || '_' || media_key AS id, {', '.join(f'{sql} AS {c}' for c, sql in columns.items())}, bucket, split, subgroup
                                   FROM ({_split(con, rules)}) {'ORDER BY account, created_at, tweet_id::BIGINT, number' if small else ''}) TO {literal(part)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 100000)""")
         return _report(con, out, rules, span, steps)
 
