@@ -97,6 +97,35 @@ def test_numbers_beyond_all_counting_are_left_out(tmp_path):
     assert list(found.downloads) == [2**53, 3, 7] and left_out == {"a KPI is above 2^53": 3}
 
 
+def test_thousands_may_be_grouped(tmp_path):
+    "As spreadsheets write them; what is grouped otherwise is no number."
+    found, left_out = listed(tmp_path, *(f'{i},a.png,c,k,2020-01-01,"{n}",1,1' for i, n in enumerate(["1,200", " 1,234,567 ", "950", "1,20", "1200,000", "0,123", "1,,200"])))
+    assert list(found.downloads) == [1200, 1234567, 950] and left_out == {"a KPI is no number of 0 or more": 4}
+
+
+def test_a_table_without_a_good_row_says_why(tmp_path):
+    with pytest.raises(BoigError, match=r"No row of the table in .* can be used: a KPI is no number of 0 or more \(1\), no release date \(2\)\..* days as 2021-01-31"): listed(tmp_path, "1,a.png,c,k,01/31/2021,1,1,1", "2,b.png,c,k,,x,1,1")
+
+
+@pytest.mark.parametrize("between", [";", "\t", "|"])
+def test_another_delimiter_is_named(tmp_path, between):
+    (tmp_path/"assets.csv").write_text(HEAD.replace(",", between) + between.join(["1", "a.png", "one, two, three", "k", "2020-01-01", "1", "2", "3"]))
+    with pytest.raises(BoigError) as error: read_stock(tmp_path)
+    assert f"{between!r} between its columns. Save it with commas." in str(error.value)
+
+
+@pytest.mark.parametrize("encoding, filler", [("cp1252", 0), ("utf-16", 0), ("cp1252", 20_000)])
+def test_another_encoding_is_named(tmp_path, encoding, filler):
+    (tmp_path/"assets.csv").write_bytes((HEAD + "0,a.png,c,k,2020-01-01,1,1,1\n" * filler + "1,a.png,caf\u00e9,k,2020-01-01,1,2,3\n").encode(encoding))
+    with pytest.raises(BoigError, match="is not in UTF-8 .*cp1252.* Save it as CSV in UTF-8"): read_stock(tmp_path)
+
+
+def test_spaces_in_the_header_and_windows_paths_are_mended(tmp_path):
+    (tmp_path/"assets.csv").write_text("\ufeff" + HEAD.replace(",", " , ") + "1,media\\a.png,c,k,2020-01-01,1,2,3\n", encoding="utf-8")
+    found, left_out = read_stock(tmp_path)
+    assert list(found.file) == ["media/a.png"] and list(found.id) == ["1"] and not left_out
+
+
 def test_a_comma_at_each_line_s_end_moves_nothing(tmp_path):
     rows = ["1,a.png,c,k,2020-01-01,1,2,3", "2,b.png,c,k,2020-01-02,1,2,3"]
     plain = listed(tmp_path, *rows)

@@ -43,28 +43,39 @@ COLUMNS = ("asset_id", "file", "caption", "keywords", "release_date", "downloads
 NAMES = {"asset_id": "id", "caption": "captions", "release_date": "release date"} # as the instructions call them
 
 _ZONE = re.compile(r"([T ]\d.*?)(?:Z|[+-]\d\d(?::?\d\d)?)$") # after a time
+_GROUPED = re.compile(r"\s*[1-9]\d{0,2}(,\d{3})+\s*") # 1,200
 _MOST = 2**53 # above it, a float's whole numbers have gaps
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    "A table of text; BoigError if it is no CSV with commas in UTF-8."
+    try:
+        with path.open(encoding="utf-8") as f: head = f.readline()
+        if "," not in head and (between := next((c for c in ";\t|" if c in head), "")): raise BoigError(f"'{path}' has {between!r} between its columns. Save it with commas.")
+        return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except UnicodeDecodeError: raise BoigError(f"'{path}' is not in UTF-8 (some spreadsheets write cp1252 or UTF-16). Save it as CSV in UTF-8.") from None
 
 def read_stock(
     folder, # holds assets.csv or assets.parquet, and the files it names
 ) -> tuple[pd.DataFrame, dict[str, int]]: # a row an asset, words cleaned; why others are left out -> rows
-    "A seller's table; BoigError if it is not there or a column is missing."
+    "A seller's table; BoigError if it is not there, a column is missing or no row is good."
     csv, parquet = Path(folder)/"assets.csv", Path(folder)/"assets.parquet"
     if not csv.is_file() and not parquet.is_file(): raise BoigError(f"There is no assets.csv (or assets.parquet) in '{folder}'.")
-    try: table = pd.read_csv(csv, dtype=str, keep_default_na=False, index_col=False) if csv.is_file() else pd.read_parquet(parquet)
+    try: table = (_read_csv(csv) if csv.is_file() else pd.read_parquet(parquet)).rename(columns=lambda c: str(c).strip())
     except ValueError as e: raise BoigError(f"The table in '{folder}' cannot be read: {str(e).splitlines()[0]}") from None
     if lost := [c for c in COLUMNS if c not in table]: raise BoigError(f"The table in '{folder}' lacks the columns {', '.join(lost)}.")
     if table.empty: raise BoigError(f"The table in '{folder}' has no rows.")
     table = table[[*COLUMNS, *(["contributor"] if "contributor" in table else [])]].rename(columns=NAMES)
-    kpis = table[["downloads", "forwards", "impressions"]].apply(pd.to_numeric, errors="coerce")
+    kpis = table[["downloads", "forwards", "impressions"]].map(lambda v: v.replace(",", "") if isinstance(v, str) and _GROUPED.fullmatch(v) else v).apply(pd.to_numeric, errors="coerce")
     days = pd.to_datetime(table["release date"].astype(str).str.replace(_ZONE, r"\1", regex=True), errors="coerce", format="ISO8601", utc=True)
     wrong = {"a KPI is no number of 0 or more": ~((kpis >= 0) & (kpis % 1 == 0)).all(axis=1), "a KPI is above 2^53": (kpis > _MOST).any(axis=1), "no release date": days.isna()}
     good, ids = ~pd.concat(wrong, axis=1).any(axis=1), table.id.astype(str)
     wrong["listed again"] = good & ids.where(good).duplicated()  # a bad row stands in no good one's way
     good &= ~wrong["listed again"]
-    table = table.assign(id=ids, captions=table.captions.map(clean), keywords=table.keywords.map(clean_keywords), **{"release date": days.dt.strftime("%Y-%m-%d")})
+    left_out = {k: int(w.sum()) for k, w in wrong.items() if w.any()}
+    if not good.any(): raise BoigError(f"No row of the table in '{folder}' can be used: {', '.join(f'{k} ({n:,})' for k, n in left_out.items())}. KPIs are written as 1200 or 1,200, days as 2021-01-31.")
+    table = table.assign(id=ids, file=table.file.map(lambda f: f.replace("\\", "/") if isinstance(f, str) else f), captions=table.captions.map(clean), keywords=table.keywords.map(clean_keywords), **{"release date": days.dt.strftime("%Y-%m-%d")})
     table[kpis.columns] = kpis
-    return table[good].astype(dict.fromkeys(kpis.columns, "int64")).reset_index(drop=True), {k: int(w.sum()) for k, w in wrong.items() if w.any()}
+    return table[good].astype(dict.fromkeys(kpis.columns, "int64")).reset_index(drop=True), left_out
 
 # %% ../../nbs/48_benches/50_stock.ipynb #bf95f360
 def choose_assets(
