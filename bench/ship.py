@@ -3,7 +3,8 @@
 A run with another seed than the scale's goes into a folder beside them (seed-43), its tables alone; the verdicts are those of all seeds together.
 
 The folder is flat, and small: figures are reduced to few colours (their records of what made the pictures stay in them; `shipped` in a stage's record names the reduced
-file's hash), data sets, models and executed notebooks stay behind. The page shows figures from beside it, and links to the notebooks in nbs/. Only results of committed
+file's hash), executed notebooks of the longer run lose their pictures, records the hashes of single modules, which the commit tells as well; data sets and models stay behind. The page shows figures from beside it, and links to
+notebooks that are not shipped in nbs/. Only results of committed
 code are shipped. Without stages: all that have run.
 """
 import base64
@@ -36,15 +37,26 @@ def reduce(figure: Path, target: Path):
         with atomic_path(target) as tmp: few.save(tmp, "PNG", optimize=True, pnginfo=info, dpi=image.info.get("dpi", (100, 100)))
 
 
+def slim(notebook: Path, root: str) -> str:
+    "An executed notebook without its pictures, and without the paths of the machine."
+    found = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in found["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        for output in cell.get("outputs", []):
+            if data := output.get("data"): output["data"] = {k: v for k, v in data.items() if not k.startswith("image/") and not (k == "text/plain" and "text/html" in data)}
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace(f"{root}/", "").replace(root, ".")
+
+
 def ship(results: Path, record: dict, target: Path):
-    "A stage's tables, figures and record."
+    "A stage's tables, figures, record and, of the longer run, notebook."
     root, shipped = record["parameters"]["results"].rsplit("/results/", 1)[0], {} # of the checkout that ran it
     for file in record["outputs"]:
         if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
         if file.startswith("figures/") and not target.name.startswith("seed-") and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
             reduce(results/file, target/Path(file).name)
             shipped[file] = sha256_file(target/Path(file).name)
-    text = json.dumps(record | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")
+    if target.name == "reference": shipped[record["notebook"]] = sha256_file(write_text(target/record["notebook"], slim(results/record["notebook"], root)))
+    text = json.dumps({k: v for k, v in record.items() if k != "parts"} | {"shipped": shipped}).replace(f"{root}/", "").replace(root, ".")
     write_json(target/"provenance"/f"{record['stage']}.json", json.loads(text))
 
 
@@ -70,7 +82,8 @@ def draw(target: Path) -> Path:
     for other in seeds(target): page = page.replace(str(other), other.name)
     for figure in target.glob("*.png"): page = page.replace(f"data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}", figure.name)
     page = page.replace('href="tables/', 'href="')
-    for name, stage in stages.items(): page = page.replace(f"notebooks/{name}.ipynb", f"../../../nbs/{stage.notebook}")
+    for name, stage in stages.items():
+        if not (target/"notebooks"/f"{name}.ipynb").exists(): page = page.replace(f"notebooks/{name}.ipynb", f"../../../nbs/{stage.notebook}")
     return write_text(target/"index.html", page)
 
 

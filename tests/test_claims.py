@@ -263,7 +263,8 @@ def test_shipped_results_are_what_their_records_say(scale):
     records = [json.loads(p.read_text()) for p in sorted((folder/"provenance").glob("*.json"))]
     assert len(records) >= 26
     written = {Path(f).name: sha for r in records for f, sha in (r["outputs"] | r.get("shipped", {})).items() if f.startswith("tables/") or f in r.get("shipped", {})}
-    there = {p.name: sha256_file(p) for p in folder.iterdir() if p.name in written}
+    there = {p.name: sha256_file(p) for p in [*folder.iterdir(), *folder.glob("notebooks/*.ipynb")] if p.name in written}
+    assert {p.name for p in folder.glob("notebooks/*.ipynb")} <= {*written}
     assert len(there) >= 37 and there == {name: written[name] for name in there}
     if scale == "pocket": assert not any(r["provenance"]["changed_since_commit"] for r in records) and png_record(folder/"boig_figure5.png")["generated"]
     pd.testing.assert_frame_equal(judge([folder, *sorted(folder.glob("seed-*"))], write=False)[["id", "verdict"]], pd.read_csv(folder/"claims.csv")[["id", "verdict"]], check_dtype=False)
