@@ -23,7 +23,7 @@ from boig.report import write_report
 from boig.scales import load_scale
 from boig.stages import load_stages, marker
 
-COLOURS = 96
+COLOURS, LARGE = 96, 6000 # of a figure; characters of a table that a notebook keeps
 
 
 def reduce(figure: Path, target: Path):
@@ -38,12 +38,14 @@ def reduce(figure: Path, target: Path):
 
 
 def slim(notebook: Path, root: str) -> str:
-    "An executed notebook without its pictures, and without the paths of the machine."
+    "An executed notebook without its pictures, its large tables, whose numbers lie in files beside it, and the paths of the machine."
     found = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in found["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         for output in cell.get("outputs", []):
-            if data := output.get("data"): output["data"] = {k: v for k, v in data.items() if not k.startswith("image/") and not (k == "text/plain" and "text/html" in data)}
+            data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+            if "text/html" in data: data.pop("text/html" if len("".join(data["text/html"])) > LARGE else "text/plain", None)
+            if "data" in output: output["data"] = data
     return json.dumps(found, ensure_ascii=False, separators=(",", ":")).replace(f"{root}/", "").replace(root, ".")
 
 
