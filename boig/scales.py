@@ -321,6 +321,7 @@ class PreferenceModelsScale:
     plain_attention: bool # written out
     base_loss: str # L_base over the "vocabulary", or "binary": over the two answers
     resize: int # side of a square that pictures are first resized to; 0 = none
+    side: int # of the square that the model sees; 0 = its processor's
     clip: str # what PickScore starts from
     clip_steps: int # of PickScore
     clip_batch: int # pairs a step
@@ -408,7 +409,7 @@ AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 
             "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
             "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "asked_each": 1, "grid_each": 1,
             "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
-            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1}
+            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1}
 AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9}
 CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
 

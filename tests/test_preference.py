@@ -24,6 +24,7 @@ from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add
 from boig.preference.reward import PreferenceReward
 from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference
 from boig.rewards.base import load_reward
+from boig.scales import load_scale
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,19 @@ def test_pictures_of_other_sizes_and_grey_ones(base):
     with torch.no_grad(): found = model.see([torch.full((3, 64, 64), 0.5), torch.rand(3, 90, 70), torch.rand(3, 64, 64)])
     assert found.shape == (3, 4, 32) and found.isfinite().all()
     with pytest.raises(BoigError, match="floats in"): model.see([torch.full((3, 64, 64), 200.0)])
+
+
+def test_the_side_is_the_configs_and_kept(base, tmp_path):
+    "IDEFICS2's processor says 980, its authors set 448: the config decides, and a saved model remembers."
+    base[0].save_pretrained(tmp_path/"base"); base[1].save_pretrained(tmp_path/"base")
+    model, picture = model_of(base, side=32, tokens=2), torch.rand(3, 64, 64)
+    save_preference(model, save := tmp_path/"taste", str(tmp_path/"base"))
+    assert model.prepare.size == (32, 32) and load_preference(save, device="cpu").prepare.size == (32, 32) and add_tokens(model, 3).prepare.size == (32, 32)
+    with torch.no_grad(): assert not torch.allclose(model.see([picture]), model_of(base).see([picture]))
+    assert model_of(base).prepare.size == (64, 64)
+    with pytest.raises(BoigError, match="side"): PreferenceConfig(side=-1)
+    sides = {name: load_scale(name).preference_models.side for name in ("smoke", "pocket", "reference", "paper")}
+    assert sides == {"smoke": 0, "pocket": 0, "reference": 0, "paper": 448}
 
 
 def test_a_prompt_cannot_answer_for_the_user(base):

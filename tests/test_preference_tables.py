@@ -17,7 +17,7 @@ from boig.core import BoigError, project_root
 from boig.pocket.choosers import GROUPS, PARTS
 from boig.preference.baselines import (PictureServer, guess, pick_cases, read_index, score_by_reward, server_pairs, server_question, server_scores, viper_training)
 from boig.preference.loss import LossConfig
-from boig.preference.model import PreferenceConfig, PreferenceModel, tiny_idefics
+from boig.preference.model import PreferenceConfig, PreferenceModel, save_preference, tiny_idefics
 from boig.preference.training import Histories, TrainConfig, _drawn, same_prompt, train_preference
 from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, token_profiles, user_states
 
@@ -154,6 +154,22 @@ def test_looks_inside(made):
     assert d[1, 3] == pytest.approx(0.5 * sum(p * np.log(p / q) + q * np.log(q / p)), abs=1e-12) and np.allclose(d, d.T)
     assert nearest_agree(np.array([[0, 1, 9], [1, 0, 9], [9, 8, 0.0]]), ["x", "x", "y"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert couple(np.array([[0, 1, 5], [1, 0, 4], [5, 4, 0.0]]), [True, True, False]) == (1, 2)
+
+
+def code_of_tables(word):
+    "The cell of the experiment's notebook that holds a word."
+    cells = json.loads((project_root()/"nbs/90_experiments/preference_tables.ipynb").read_text(encoding="utf-8"))["cells"]
+    return next("".join(c["source"]) for c in cells if c["cell_type"] == "code" and word in "".join(c["source"]))
+
+
+def test_the_untrained_model_is_asked_as_the_trained_ones(tmp_path):
+    "With the resize and side that they were trained with."
+    model = PreferenceModel(*tiny_idefics(latents=4, layers=1), PreferenceConfig(resize=48, side=32))
+    save_preference(model, tmp_path/"preference_base", "a base")
+    names = dict(json=json, models=tmp_path, mllm="a base", quantize="", load_idefics=lambda *a, **k: (model.idefics, model.processor), PreferenceModel=PreferenceModel, PreferenceConfig=PreferenceConfig)
+    exec(code_of_tables("def untrained").split("def untrained")[1].split("\nanswer(")[0].join(("def untrained", "")), names)
+    assert names["untrained"]().config == model.config
+    assert code_of_tables("variants =").count('"untrained": untrained()') == 1
 
 
 @pytest.mark.parametrize("name", ("pocket-preferences", "pick-a-pic"))

@@ -57,10 +57,11 @@ class PreferenceConfig:
     ending: str = "" # after "Assistant:"; the authors evaluate with " ", and train without
     attend_padding: bool = False # True: padding is read like text, as in the authors' second stage
     resize: int = 0 # side of a square that pictures are first resized to; appendix C: 512; 0 = at once to the model's size
+    side: int = 0 # of the square that the model sees; 0 = its processor's longest edge; the authors set 448, where IDEFICS2's processor says 980
 
     def __post_init__(self):
         if self.cut not in ("tokens", "characters"): raise closest(self.cut, ("tokens", "characters"), "way to cut")
-        if min(self.tokens, self.resize) < 0 or self.length < 1: raise BoigError(f"tokens and resize must be ≥ 0 and length ≥ 1, not {self.tokens}, {self.resize}, {self.length}.")
+        if min(self.tokens, self.resize, self.side) < 0 or self.length < 1: raise BoigError(f"tokens, resize and side must be ≥ 0 and length ≥ 1, not {self.tokens}, {self.resize}, {self.side}, {self.length}.")
 
 # %% ../../nbs/70_preference/70_model.ipynb #26a45226
 class Words:
@@ -123,10 +124,13 @@ def tiny_idefics(
     return model.eval(), processor
 
 # %% ../../nbs/70_preference/70_model.ipynb #0aaf8ff3
-def preparation(processor) -> Preprocess:
+def preparation(
+    processor,
+    side: int = 0, # see PreferenceConfig
+) -> Preprocess:
     "What the model's processor does to a picture, for tensors; squares, as the paper's."
     p = processor.image_processor
-    side = p.size["longest_edge"]
+    side = side or p.size["longest_edge"]
     return Preprocess((side, side), tuple(p.image_mean), tuple(p.image_std), {2: "bilinear", 3: "bicubic"}[int(p.resample)])
 
 def see(
@@ -174,7 +178,7 @@ class PreferenceModel(torch.nn.Module):
         super().__init__()
         if processor.image_processor.do_image_splitting: processor.image_processor.do_image_splitting = False  # as the authors: a picture is one picture
         self.idefics, self.processor, self.config = idefics, processor, config
-        self.words, self.prepare = Words(processor, config), preparation(processor)
+        self.words, self.prepare = Words(processor, config), preparation(processor, config.side)
         weights = idefics.get_input_embeddings().weight
         self.tokens = torch.nn.Parameter(torch.rand(config.tokens, weights.shape[1], device=weights.device)) if config.tokens else None
         self.changed = set() # names of parameters that training has changed
