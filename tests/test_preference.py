@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from boig.benches.pickapic import HistoryRules, build_histories, synthetic
 from boig.core import BoigError
@@ -334,6 +335,35 @@ def test_what_is_trained(base):
     with pytest.raises(BoigError, match="Nothing is left"): choose_trained(model_of(base), TrainConfig(what="tokens"))
     for bad in (dict(what="x"), dict(batch=3, micro=2), dict(checkpointing=True)):
         with pytest.raises(BoigError): TrainConfig(**bad)
+
+
+def test_four_bits_leave_what_is_trained_whole(base, monkeypatch):
+    "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it."
+    asked, half = {}, copy.deepcopy(base[0]).half()
+    monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("boig.preference.model.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("boig.preference.model.resolve", lambda ref: ref)
+    monkeypatch.setattr("boig.preference.model.AutoProcessor.from_pretrained", lambda folder: base[1])
+    monkeypatch.setattr("boig.preference.model.BitsAndBytesConfig", lambda **options: asked.update(options))
+    monkeypatch.setattr("boig.preference.model.Idefics2ForConditionalGeneration.from_pretrained", lambda folder, **options: half)
+    model = PreferenceModel(*load_idefics("base", quantize="nf4"), PreferenceConfig()).eval()
+    linear = [n for n, m in half.named_modules() if isinstance(m, torch.nn.Linear)]
+    packed = {n for n in linear if should_convert_module(n, asked["llm_int8_skip_modules"])}
+    assert "lm_head" not in packed and {n for n in linear if "text_model" in n or "connector" in n} == packed
+    with torch.no_grad(): assert model.see([torch.rand(3, 64, 64)]).dtype == torch.float16
+    def in_bits(names):
+        m = copy.deepcopy(model)
+        for n in names: m.idefics.get_submodule(n).weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+        return m
+    own = choose_trained(model, TrainConfig(lora_rank=2))
+    assert any("vision_model" in n for n in own) and all(p.dtype == torch.float32 for p in own.values())
+    model = PreferenceModel(copy.deepcopy(base[0]), base[1])
+    add_lora(model.idefics, 2, 8, 0.1)
+    tower = [n for n, m in model.idefics.named_modules() if isinstance(m, torch.nn.Linear) and "vision_model" in n]
+    with pytest.raises(BoigError, match="in 4 bits and cannot learn.*vision=False"): choose_trained(in_bits(tower), TrainConfig(lora_rank=2))
+    assert not any("vision_model" in n for n in choose_trained(in_bits(tower), TrainConfig(lora_rank=2, vision=False)))
+    model = model_of(base)
+    with pytest.raises(BoigError, match="in 4 bits and cannot learn.*lora_rank"): choose_trained(in_bits(n for n in linear if n in packed), TrainConfig())
 
 
 def test_two_stages_are_saved_and_loaded(base, data, tmp_path):

@@ -143,8 +143,8 @@ def see(
     def tokens(images, _):
         x = images.to(idefics.device)
         if resize: x = F.interpolate(x, (resize, resize), mode="bicubic", antialias=True).clamp(0, 1)
-        x = prepare(x).to(idefics.dtype)
-        seen = idefics.model.vision_model(pixel_values=x).last_hidden_state
+        tower = idefics.model.vision_model  # in single precision beside 4 bits, where the rest is in half
+        seen = tower(pixel_values=prepare(x).to(tower.dtype)).last_hidden_state.to(idefics.get_input_embeddings().weight.dtype)
         return idefics.model.connector(seen, attention_mask=torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
     return torch.stack(by_size(tokens, pictures, 1 << 30))
 
@@ -292,8 +292,10 @@ def load_idefics(
     if quantize:
         if where.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
             raise BoigError(f"4-bit weights need a CUDA device (here: {where.type}) and bitsandbytes (pip install bitsandbytes). Load it without `quantize`, or on a machine that has both.")
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
+                                  llm_int8_skip_modules=["lm_head", "model.vision_model"])  # of 4 bits too, whatever its name says; lm_head is skipped only if no list is given
         model = Idefics2ForConditionalGeneration.from_pretrained(folder, quantization_config=four, dtype=torch.float16, device_map={"": where}).eval()
+        model.model.vision_model.float()
     else: model = load_pretrained(Idefics2ForConditionalGeneration, folder, dtype).to(where)
     return model, AutoProcessor.from_pretrained(folder)
 
@@ -304,6 +306,8 @@ def add_lora(idefics, rank: int, alpha: int, dropout: float):
     "LoRA in the text model, the modality projection and the resampler; the base's own weights are frozen."
     idefics.requires_grad_(False)
     idefics.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, init_lora_weights="gaussian"))
+    for name, p in idefics.named_parameters():
+        if "lora_" in name: p.data = p.data.float()  # peft makes them half beside 4 bits, where AdamW's first step is no number
 
 def trained(model: PreferenceModel) -> dict[str, torch.nn.Parameter]:
     "What is trained, or was in an earlier stage, by name."

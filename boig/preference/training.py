@@ -127,8 +127,10 @@ def choose_trained(model: PreferenceModel, config: TrainConfig) -> dict[str, tor
     lora = bool(getattr(model.idefics, "peft_config", None))
     for name, p in model.named_parameters():
         if p.is_floating_point(): p.requires_grad_(name == "tokens" or config.what == "joint" and (not lora or "lora_" in name))
-    whole = all(p.is_floating_point() for p in tower.parameters())  # not in 4 bits
-    if config.what == "joint" and whole: tower.requires_grad_(config.vision)
+    if config.what == "joint":
+        stuck = [name for name, p in model.named_parameters() if not p.is_floating_point() and (not lora or config.vision and "vision_model" in name)]
+        if stuck: raise BoigError(f"{len(stuck)} weights are in 4 bits and cannot learn, the first is {stuck[0]}. Load the model with load_idefics, which keeps the vision encoder whole, and set lora_rank for the rest; or set vision=False.")
+        tower.requires_grad_(config.vision)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not own: raise BoigError("Nothing is left to train: this model has no preference tokens; add some with add_tokens, or train what='joint'.")
     model.changed |= set(own)
