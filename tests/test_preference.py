@@ -337,6 +337,20 @@ def test_what_is_trained(base):
         with pytest.raises(BoigError): TrainConfig(**bad)
 
 
+def test_the_seed_decides_loras_start(base, data, tmp_path):
+    "The same seed starts the same LoRA, whatever was drawn before; a run does not go on from another one."
+    def start(config, noise):
+        model = model_of(base)
+        torch.manual_seed(noise)
+        return model, {n: p.detach().clone() for n, p in choose_trained(model, config).items() if "lora_A" in n}
+    config = replace(QUICK, steps=1, lora_rank=2, vision=False)
+    (_, a), (_, b), (other, c) = start(config, 1), start(config, 2), start(replace(config, seed=7), 1)
+    assert len(a) and all(torch.equal(a[n], b[n]) for n in a) and not any(torch.equal(a[n], c[n]) for n in a)
+    logs = [train_preference(model_of(base), data, tmp_path/k, config, progress=False) for k in "ab"]
+    assert logs[0].loss.tolist() == logs[1].loss.tolist()
+    with pytest.raises(BoigError, match="another starting weights"): train_preference(other, data, tmp_path/"a", config, progress=False)
+
+
 def test_four_bits_leave_what_is_trained_whole(base, monkeypatch):
     "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it."
     asked, half = {}, copy.deepcopy(base[0]).half()

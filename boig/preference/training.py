@@ -123,7 +123,9 @@ def add_tokens(model: PreferenceModel, tokens: int = 10, seed: int = 0) -> Prefe
 def choose_trained(model: PreferenceModel, config: TrainConfig) -> dict[str, torch.nn.Parameter]:
     "Let the stage's parameters learn and freeze the others; those that learn, by name."
     tower = model.idefics.model.vision_model
-    if config.lora_rank and not getattr(model.idefics, "peft_config", None): add_lora(model.idefics, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    if config.lora_rank and not getattr(model.idefics, "peft_config", None):
+        torch.manual_seed(derive_seed(config.seed, "lora"))
+        add_lora(model.idefics, config.lora_rank, config.lora_alpha, config.lora_dropout)
     lora = bool(getattr(model.idefics, "peft_config", None))
     for name, p in model.named_parameters():
         if p.is_floating_point(): p.requires_grad_(name == "tokens" or config.what == "joint" and (not lora or "lora_" in name))
@@ -238,8 +240,8 @@ def train_preference(
     a = Accelerator(cpu=model.idefics.device.type == "cpu")
     if config.batch // config.micro % a.num_processes: raise BoigError(f"{config.batch // config.micro} parts of a step (batch / micro) can't be shared evenly by {a.num_processes} processes; change batch or micro.")
     if a.num_processes > 1 and not getattr(model.idefics, "is_quantized", False): model.to(a.device)
-    start = fingerprint(model.parameters())
     own, path = choose_trained(model, config), Path(folder)/"checkpoint.safetensors"
+    start = fingerprint(model.parameters())  # LoRA's among them
     optimizers, idefics = _optimizers(own, config), model.idefics
     usual = idefics.config._attn_implementation
     if config.plain_attention: idefics.set_attn_implementation("eager")
