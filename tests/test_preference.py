@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from boig.benches.pickapic import HistoryRules, build_histories, synthetic
 from boig.core import BoigError
+from boig.pocket.idefics import make_idefics
 from boig.preference.baselines import score_by_reward
 from boig.preference.loss import CONTRASTS, LossConfig, like_probability, preference_loss
 from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, load_idefics, load_preference, read, save_preference, score,
@@ -140,6 +142,26 @@ def test_tokens_matter_and_targets_do_not_reach_the_history(base):
         assert (judge(model, read(model, [history]), [0, 0], faces, ["a", "b"]).logits - one).abs().max() > 1e-3
     attention = token_attention(model, history, faces[0], "a")
     assert attention.shape[0] == 1 and attention.shape[-1] == 3 and (attention.sum(-1) < 1).all() and (attention > 0).all()
+
+
+def test_histories_longer_than_the_window_are_refused():
+    "Within a Mistral's window a padded batch is as each history alone; beyond it padding would count, so it is an error."
+    processor, shape = tiny_idefics(latents=4)[1], {"num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    idefics = make_idefics(processor, {"hidden_size": 32, "intermediate_size": 64, **shape}, {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4, "model_type": "mistral", "sliding_window": 4096, **shape})
+    for p in idefics.parameters(): p.data.mul_(8 if p.ndim == 2 else 1)
+    model, users, face = PreferenceModel(idefics, processor).eval(), [rated(6), rated(2, 5)], [torch.rand(3, 64, 64)]
+    longest = len(model.words.history(users[0])) + len(model.words.turn("a", "", False))
+    for window in (longest, longest - 1):
+        idefics.model.text_model.config.sliding_window = window
+        with torch.no_grad():
+            known = read(model, users)
+            if window < longest:
+                with pytest.raises(BoigError, match=f"has {longest} tokens.*looks back {window} .*fewer pairs"): judge(model, known, [1], face, ["a"])
+                with pytest.raises(BoigError, match="fewer pairs"): judge_whole(model, users, face * 2, ["a", "a"])
+            else: torch.testing.assert_close(judge(model, known, [1], face, ["a"]).logits, judge(model, read(model, users[1:]), [0], face, ["a"]).logits, atol=1e-4, rtol=1e-4)
+    idefics.model.text_model.config.sliding_window = 50
+    with pytest.raises(BoigError, match="looks back 50"): read(model, users)
 
 
 def test_pictures_of_other_sizes_and_grey_ones(base):
@@ -355,7 +377,7 @@ def test_four_bits_leave_what_is_trained_whole(base, monkeypatch):
     "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it."
     asked, half = {}, copy.deepcopy(base[0]).half()
     monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr("boig.preference.model.importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("boig.preference.model.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))  # not peft's
     monkeypatch.setattr("boig.preference.model.resolve", lambda ref: ref)
     monkeypatch.setattr("boig.preference.model.AutoProcessor.from_pretrained", lambda folder: base[1])
     monkeypatch.setattr("boig.preference.model.BitsAndBytesConfig", lambda **options: asked.update(options))

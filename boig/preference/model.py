@@ -198,6 +198,8 @@ class PreferenceModel(torch.nn.Module):
 # %% ../../nbs/70_preference/70_model.ipynb #0757e799
 def _run(model: PreferenceModel, embedded: torch.Tensor, mask: torch.Tensor, cache: Cache | None, **options):
     "The language model over new tokens [B, T, D], with a mask over old and new ones; positions count what is not masked."
+    window = getattr(model.idefics.model.text_model.config, "sliding_window", None)
+    if window and mask.shape[1] > window: raise BoigError(f"A history with its target has {mask.shape[1]} tokens, but this model looks back {window} at most. Use fewer pairs, or cut prompts shorter (length).")  # padding would push out a shorter history's start
     if model.config.attend_padding: mask = torch.ones_like(mask)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1]:]
     return model.idefics.model.text_model(inputs_embeds=embedded, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, **options)
