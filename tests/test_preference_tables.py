@@ -20,6 +20,7 @@ from boig.preference.loss import LossConfig
 from boig.preference.model import PreferenceConfig, PreferenceModel, save_preference, tiny_idefics
 from boig.preference.training import Histories, TrainConfig, _drawn, same_prompt, train_preference
 from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, token_profiles, user_states
+from boig.scales import load_scale
 
 RULES = TasteRules(users=24, prompts=10, shared=2)
 
@@ -170,6 +171,14 @@ def test_the_untrained_model_is_asked_as_the_trained_ones(tmp_path):
     exec(code_of_tables("def untrained").split("def untrained")[1].split("\nanswer(")[0].join(("def untrained", "")), names)
     assert names["untrained"]().config == model.config
     assert code_of_tables("variants =").count('"untrained": untrained()') == 1
+
+
+@pytest.mark.parametrize("scale", ("pocket", "reference", "paper"))
+def test_each_judge_stands_beside_its_number_of_the_paper(scale):
+    exec(code_of_tables("PAPER1 =").split("def table_of")[0], names := {})
+    one, two = ([names["paper"](names[table], judge) for judge in load_scale(scale).preference_tables.judges.split(",")] for table in ("PAPER1", "PAPER2"))
+    assert [x and x[0] for x in one] == [28.11, 30.04, 31.42, None, None] and two == [49.96, 53.13, 55.64, 56.85, None]
+    assert names["paper"](names["PAPER2"], "pickscore, same data") == 57.72 and names["paper"](names["PAPER2"], "ours, another user's history") is None
 
 
 @pytest.mark.parametrize("name", ("pocket-preferences", "pick-a-pic"))
