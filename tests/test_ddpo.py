@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from test_sampler import tiny
 
 from boig.core import BoigError
@@ -454,3 +454,13 @@ def test_a_run_goes_on_with_less_memory(tmp_path):
     train(tmp_path, dataclasses.replace(SMALL, epochs=1))
     _, log = train(tmp_path, dataclasses.replace(SMALL, epochs=2, micro_batch=1, micro_steps=2, gradient_checkpointing=True))
     assert len(log) == 2
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_pipeline_comes_back_with_its_own_sampler(tmp_path, lora):
+    "DDIM is RL's: it trains and is watched, but is neither saved nor left behind."
+    own, seen = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1), []
+    with pytest.warns(UserWarning, match="sampling with DDIM"):
+        pipe, _ = train(tmp_path, dataclasses.replace(SMALL, epochs=1, lora_rank=lora), tiny(own), watch=lambda p, epoch: seen.append(type(p.scheduler)) or {})
+    assert pipe.scheduler is own and seen == [DDIMScheduler]
+    if not lora: assert json.loads((tmp_path/"pipeline"/"model_index.json").read_text())["scheduler"][1] == "PNDMScheduler"

@@ -206,7 +206,7 @@ class Run(Tuning):
         _check(config, prompts)
         plan = {"prompts": digest(prompts), "reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward), "context": digest(_plain(context))}
         super().__init__(pipe, folder, config, plan)
-        pipe.scheduler = to_ddim(pipe.scheduler)
+        pipe.scheduler = to_ddim(pipe.scheduler) # until the result is saved
         self.base = copy.deepcopy(pipe.unet).requires_grad_(False).eval() if config.kl and not config.lora_rank else None
         self.advantages = Advantages(config.advantages, config.buffer, config.min_count, config.advantage_clip)
 

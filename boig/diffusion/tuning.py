@@ -91,6 +91,7 @@ class Tuning:
         check_choice(config, "precision", ("no", "bf16", "fp16"))
         if config.lora_rank < 0 or not 0 <= config.ema < 1: raise BoigError("lora_rank must be at least 0, and ema lie in [0, 1).")
         self.pipe, self.folder, self.config, self.log = pipe, Path(folder), config, []
+        self.scheduler = pipe.scheduler # the pipeline's own, whatever the training puts in its place
         self.before = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
         self.plan = {k: v.item() if hasattr(v, "item") else v for k, v in asdict(config).items() if k not in self.free} | {"model": fingerprint(pipe.unet.parameters())} | plan
         self._check_folder()
@@ -171,6 +172,7 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
     "Save what was trained, in single precision, with the running average's weights if there is one."
     for p, average in zip(run.params, run.average): p.data.copy_(average)
     pipe, name = run.pipe, "adapter" if run.config.lora_rank else "pipeline"
+    pipe.scheduler = run.scheduler
     restore(run, *(part for part in run.before if part != "unet"))
     if run.accelerator.is_main_process:
         with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{name}.") as tmp:
