@@ -217,6 +217,37 @@ def test_other_settings_or_pictures_are_refused(runs, tmp_path):
     with pytest.raises(BoigError, match="no finished training"): load_subject(tmp_path)
 
 
+def refused(match, train, *args, **more):
+    with pytest.raises(BoigError, match=match): train(*args, progress=False, **more)
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion"])
+def test_other_words_or_class_pictures_are_another_run(name, runs, tmp_path):
+    (train, config), (*_, folder) = METHODS[name], runs(name)
+    refused("another subject", train, tiny(), dataclasses.replace(SUBJECT, description="red"), folder, config)
+    (tmp_path/"own").mkdir()
+    for k in range(3): Image.new("RGB", (16, 16), (60 * k, 0, 90)).save(tmp_path/"own"/f"{k}.png")
+    refused("another class pictures", train, tiny(), SUBJECT, folder, config, class_folder=tmp_path/"own")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_wrong_is_said_before_anything_is_drawn_or_changed(name, runs, tmp_path, monkeypatch):
+    from boig.personalise import base
+    monkeypatch.setattr(base, "draw", lambda *a, **k: pytest.fail("drawn"))
+    (train, config), (*_, folder), pipe = METHODS[name], runs(name), tiny()
+    for wrong, said in ((dict(lora_rank=4), "no LoRA"), (dict(precision="int8"), "precision is one of"), (dict(steps=0), "steps must be"), (dict(ema=1.0), "ema lie in"), (dict(tracker="abacus"), "does not know it")):
+        refused(said, train, pipe, SUBJECT, tmp_path, dataclasses.replace(config, **wrong))
+    refused("another lr", train, pipe, SUBJECT, folder, dataclasses.replace(config, lr=1.0), **({"class_folder": tmp_path/"class"} if hasattr(config, "prior_steps") else {}))
+    refused("not object", train, object(), SUBJECT, tmp_path, config)
+    assert not list(tmp_path.iterdir()) and len(pipe.tokenizer) == len(tiny().tokenizer)
+
+
+def test_instructbooth_checks_rl_before_dreambooth(tmp_path):
+    for wrong, said in ((dict(eta=0.0), "eta, timestep"), (dict(samples=5), "multiple of batch_size"), (dict(precision="int8"), "precision is one of")):
+        refused(said, train_instructbooth, tiny(), SUBJECT, ["a {0} {1}"], brightness, tmp_path, METHODS["dreambooth"][1], dataclasses.replace(INSTRUCT, **wrong))
+    assert not list(tmp_path.iterdir())
+
+
 def test_dreambooth_moves_the_denoiser_only_and_diffusers_reads_it(runs):
     pipe, log, folder = runs("dreambooth")
     fresh = tiny()

@@ -143,9 +143,8 @@ class DDPOConfig(TuningConfig):
 
 FAST = dict(group=8, shared_start=True, window=2, advantages="group", fresh=True, keep_graph=True)
 
-def _check(c: DDPOConfig, prompts):
+def _check(c: DDPOConfig):
     "BoigError for settings that cannot work together."
-    if not prompts: raise BoigError("There are no prompts; pass a list with at least one.")
     for name, known in dict(loss=("is", "sf"), advantages=("prompt", "global", "group")).items(): check_choice(c, name, known)
     check_positive(c, "epochs", "samples", "batch_size", "micro_batch", "micro_steps", "inner_epochs", "steps", "group")
     if c.samples % c.batch_size: raise BoigError(f"samples ({c.samples}) must be a multiple of batch_size ({c.batch_size}).")
@@ -203,12 +202,18 @@ class Run(Tuning):
     "A training in memory."
     adapter, free = "ddpo", (*Tuning.free, "micro_steps", "keep_graph", "overlap")
     def __init__(self, pipe, prompts, reward, folder, config: DDPOConfig, context: dict | None = None):
-        _check(config, prompts)
+        if not prompts: raise BoigError("There are no prompts; pass a list with at least one.")
         plan = {"prompts": digest(prompts), "reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward), "context": digest(_plain(context))}
         super().__init__(pipe, folder, config, plan)
         pipe.scheduler = to_ddim(pipe.scheduler) # until the result is saved
         self.base = copy.deepcopy(pipe.unet).requires_grad_(False).eval() if config.kl and not config.lora_rank else None
         self.advantages = Advantages(config.advantages, config.buffer, config.min_count, config.advantage_clip)
+
+    @classmethod
+    def check(cls, pipe, config: DDPOConfig):
+        "BoigError for a pipeline or settings that cannot be trained; changes nothing."
+        _check(config)
+        super().check(pipe, config)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #a1443d2f
 def epoch_prompts(prompts: list[str], config: DDPOConfig, epoch: int) -> list[str]: # one a picture

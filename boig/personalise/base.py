@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'Subject', 'whole_words', 'rare_words', 'check_words', 'picture_size', 'read_pictures', 'class_pictures',
-           'noised', 'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'learn',
-           'add_word', 'speaking', 'save_word', 'save_subject', 'load_subject']
+           'noised', 'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'prepare',
+           'learn', 'add_word', 'speaking', 'save_word', 'save_subject', 'load_subject']
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #963e8f8a
 import json
@@ -25,7 +25,7 @@ from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, fingerprint, write_json
 from ..diffusion.pipeline import as_png, draw
 from ..diffusion.sampler import PREDICTIONS
-from ..diffusion.tuning import Tuning, TuningConfig, check_positive, load_run, save_run, step
+from ..diffusion.tuning import Tuning, TuningConfig, check_folder, check_positive, load_run, save_run, step
 from ..perception.pixels import Preprocess, check_pictures, to_tensor
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #62646311
@@ -190,8 +190,6 @@ class Learner(Tuning):
     "One subject's training in memory."
     free = ("tracker", "gradient_checkpointing")
     def __init__(self, pipe, folder, config: PersonaliseConfig, plan: dict, params: list | None = None): # None: the whole denoiser
-        check_positive(config, "steps", "batch_size", "every")
-        if config.lora_rank: raise BoigError("The personalisation methods train no LoRA (InstructBooth's second stage does); set lora_rank=0.")
         super().__init__(pipe, folder, config, plan)
         if self.accelerator.num_processes > 1: raise BoigError("A subject is learned by one process; start one for each subject instead.")
         if params is not None:
@@ -199,6 +197,29 @@ class Learner(Tuning):
             for p in params: p.requires_grad_(True)
             self.params, self.average = params, [p.detach().clone() for p in params] if config.ema else []
             self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+
+    @classmethod
+    def check(cls, pipe, config: PersonaliseConfig):
+        "BoigError for a pipeline or settings that cannot be trained; changes nothing."
+        check_positive(config, "steps", "batch_size", "every")
+        if config.lora_rank: raise BoigError("The personalisation methods train no LoRA (InstructBooth's second stage does); set lora_rank=0.")
+        super().check(pipe, config)
+
+def prepare(
+    pipe: StableDiffusionPipeline,
+    subject: Subject,
+    folder, # of the run
+    config: PersonaliseConfig,
+    identifier: bool = True, # whether the method uses it
+    plan: dict = {}, # what else tells this run from another
+) -> tuple[torch.Tensor, dict]: # the subject's pictures; the plan so far
+    "What every method begins with: all that can be wrong is said before the pipeline is changed or anything is drawn."
+    Learner.check(pipe, config)
+    check_words(pipe.tokenizer, subject, identifier)
+    pictures = read_pictures(subject.pictures, picture_size(pipe))
+    plan = Learner.whole_plan(pipe, config, {"noun": subject.noun, "pictures": fingerprint(pictures)} | plan)
+    check_folder(folder, plan)
+    return pictures, plan
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #051ecc76
 def learn(

@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS', 'CustomDiffusionConfig', 'custom_attention', 'save_attenti
            'load_custom_diffusion']
 
 # %% ../../nbs/80_personalise/82_custom_diffusion.ipynb #73b01793
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +17,10 @@ from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from safetensors.torch import save_file
 
 from ..benches.subjects import fill_prompt
-from ..core import atomic_path, fingerprint
+from ..core import atomic_path
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, rare_words,
-                                   read_pictures, save_subject, save_word, speaking, with_prior)
+from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, rare_words, save_subject,
+                                   save_word, speaking, with_prior)
 from .dreambooth import prior_latents
 from .textual_inversion import TEMPLATES
 
@@ -75,21 +75,21 @@ def train_custom_diffusion(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach the attention a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject, identifier=False)
-    pictures = read_pictures(subject.pictures, picture_size(pipe))
-    own, prior, model = encode(pipe, pictures), prior_latents(pipe, subject, config, class_folder or Path(folder)/"class"), fingerprint(pipe.unet.parameters())
+    words = replace(subject, identifier=config.word).words()
+    pictures, plan = prepare(pipe, subject, folder, config, identifier=False, plan={"subject": words}) # its model is the one before the new attention
+    own, (prior, shown) = encode(pipe, pictures), prior_latents(pipe, subject, config, class_folder or Path(folder)/"class")
     token = add_word(pipe, config.word, config.like or rare_words(pipe.tokenizer, 1)[0])
     table = pipe.text_encoder.get_input_embeddings().weight
     vector = torch.nn.Parameter(table[token].detach().float().clone())
     weights = [p for o in custom_attention(pipe.unet).values() for p in o.parameters()]
-    run = Learner(pipe, folder, config, {"model": model, "noun": subject.noun, "pictures": fingerprint(pictures)}, [vector, *weights])
+    run = Learner(pipe, folder, config, plan | {"class pictures": shown}, [vector, *weights])
     loss = _loss(pipe, subject, config, own, prior, token, vector)
     log = learn(run, loss, progress=progress)
     table.data[token] = vector.data
     save_attention(Path(folder)/WEIGHTS, pipe.unet)
     save_word(Path(folder)/"learned_embeds.safetensors", config.word, vector)
     restore(run)
-    save_subject(folder, "custom_diffusion", " ".join(filter(None, [config.word, subject.description, subject.noun])))
+    save_subject(folder, "custom_diffusion", words)
     return log
 
 # %% ../../nbs/80_personalise/82_custom_diffusion.ipynb #08945f90

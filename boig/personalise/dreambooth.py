@@ -16,8 +16,7 @@ from diffusers import StableDiffusionPipeline
 from ..core import fingerprint
 from ..diffusion.pipeline import load_pipeline
 from ..diffusion.tuning import save_result
-from .base import (Learner, PersonaliseConfig, Subject, check_words, class_pictures, denoising_loss, encode, learn, load_subject, pick, picture_size,
-                                   read_pictures, save_subject, with_prior)
+from .base import (Learner, PersonaliseConfig, Subject, class_pictures, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, with_prior)
 
 # %% ../../nbs/80_personalise/81_dreambooth.ipynb #b1e74367
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ def prior_latents(
     subject: Subject,
     config, # with prior_weight, prior_pictures, prior_steps, prior_guidance, seed
     folder, # of class pictures
-) -> tuple[torch.Tensor, torch.Tensor] | None: # mean and deviation; None without a prior
+) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str]: # mean and deviation, None without a prior; the pictures' fingerprint for the run's plan
     "Pictures of the subject's class, drawn if need be, as latents."
-    if not config.prior_weight: return None
-    return encode(pipe, class_pictures(pipe, subject.prompt(identifier=False), folder, config.prior_pictures, config.seed, num_inference_steps=config.prior_steps,
-                                       guidance_scale=config.prior_guidance))
+    if not config.prior_weight: return None, ""
+    pictures = class_pictures(pipe, subject.prompt(identifier=False), folder, config.prior_pictures, config.seed, num_inference_steps=config.prior_steps, guidance_scale=config.prior_guidance)
+    return encode(pipe, pictures), fingerprint(pictures)
 
 def train_dreambooth(
     pipe: StableDiffusionPipeline, # trained in place
@@ -54,11 +53,9 @@ def train_dreambooth(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach a pipeline a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject)
-    pictures = read_pictures(subject.pictures, picture_size(pipe))
-    own, prior = encode(pipe, pictures), prior_latents(pipe, subject, config, class_folder or Path(folder)/"class")
-    run = Learner(pipe, folder, config, {"subject": subject.prompt(), "pictures": fingerprint(pictures)})
-    n = config.batch_size
+    pictures, plan = prepare(pipe, subject, folder, config, plan={"subject": subject.prompt()})
+    prior, shown = prior_latents(pipe, subject, config, class_folder or Path(folder)/"class")
+    run, own, n = Learner(pipe, folder, config, plan | {"class pictures": shown}), encode(pipe, pictures), config.batch_size
     with torch.no_grad(): states = pipe.encode_prompt([subject.prompt(), subject.prompt(identifier=False)], pipe.device, 1, False)[0].repeat_interleave(n, 0)
     def loss(g):
         z = torch.cat([pick(own, n, g), *([pick(prior, n, g)] if prior else [])])

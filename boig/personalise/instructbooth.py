@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ..core import BoigError, closest
-from ..diffusion.ddpo import DDPOConfig, train_ddpo
+from ..diffusion.ddpo import DDPOConfig, Run, train_ddpo
 from ..diffusion.pipeline import load_pipeline
 from .base import Subject, load_subject, save_subject
 from .custom_diffusion import load_custom_diffusion
@@ -86,7 +86,8 @@ def train_instructbooth(
     **more, # of `train_rl`: both, plainly, watch
 ) -> pd.DataFrame: # the log of the RL stage, one row an epoch
     "DreamBooth, then DDPO, or go on where a stopped run was."
-    instruct_prompts(subject, templates) # said before DreamBooth has taken its time
+    instruct_prompts(subject, templates)
+    Run.check(pipe, rl) # what is wrong is said before DreamBooth has taken its time
     start = Path(start or Path(folder)/"dreambooth")
     train_dreambooth(pipe, subject, start, dreambooth, class_folder, progress)
     return train_rl(pipe, subject, templates, reward, folder, start, rl, progress=progress, **more)

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..benches.subjects import fill_prompt
-from ..core import BoigError, atomic_path, derive_seed, fingerprint, seed_everything
+from ..core import BoigError, atomic_path, derive_seed, seed_everything
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
-                                   save_subject, speaking)
+from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, speaking)
 from .textual_inversion import TEMPLATES
 
 # %% ../../nbs/80_personalise/84_neti.ipynb #f3829fd7
@@ -155,12 +154,12 @@ def train_neti(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach a network the word for a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject, identifier=False)
-    pictures, like = read_pictures(subject.pictures, picture_size(pipe)), config.like or subject.noun
+    pictures, plan = prepare(pipe, subject, folder, config, identifier=False)
+    like = config.like or subject.noun
     own, token = encode(pipe, pictures), add_word(pipe, config.word, like)
     seed_everything(derive_seed(config.seed, "mapper"))
     mapper = make_mapper(pipe, like, config.hidden)
-    run = Learner(pipe, folder, config, {"noun": subject.noun, "pictures": fingerprint(pictures)}, list(mapper.parameters()))
+    run = Learner(pipe, folder, config, plan, list(mapper.parameters()))
     neti, prompts = NeTI(pipe, mapper, token), [fill_prompt(t, config.word) for t in config.templates]
     neti.dropout = config.dropout
     def loss(g):

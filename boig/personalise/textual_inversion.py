@@ -14,10 +14,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ..benches.subjects import fill_prompt
-from ..core import fingerprint
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, check_words, denoising_loss, encode, learn, load_subject, pick, picture_size, read_pictures,
-                                   save_subject, save_word, speaking)
+from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, save_word, speaking)
 
 # %% ../../nbs/80_personalise/83_textual_inversion.ipynb #0ee3bd05
 TEMPLATES = ("a {0} {1}", "a photo of a {0} {1}", "a picture of a {0} {1}")
@@ -42,12 +40,11 @@ def train_textual_inversion(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Find the word for a subject, or go on where a stopped run was."
-    check_words(pipe.tokenizer, subject, identifier=False)
-    pictures = read_pictures(subject.pictures, picture_size(pipe))
+    pictures, plan = prepare(pipe, subject, folder, config, identifier=False)
     own, token = encode(pipe, pictures), add_word(pipe, config.word, config.like or subject.noun)
     table = pipe.text_encoder.get_input_embeddings().weight
     vector = torch.nn.Parameter(table[token].detach().float().clone())
-    run = Learner(pipe, folder, config, {"noun": subject.noun, "pictures": fingerprint(pictures)}, [vector])
+    run = Learner(pipe, folder, config, plan, [vector])
     prompts = [fill_prompt(t, config.word) for t in config.templates]
     def loss(g):
         texts = [prompts[i] for i in torch.randint(len(prompts), (config.batch_size,), generator=g)]
