@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -392,6 +393,20 @@ def test_neti_moves_the_mapper_only_and_comes_back(runs):
     assert torch.allclose(pictures(load_neti(fresh, folder), "<subject>"), pictures(pipe, "<subject>"), atol=1e-4)
     assert not torch.allclose(pictures(load_neti(tiny(), folder, keep=2), "<subject>"), pictures(pipe, "<subject>"), atol=1e-4)
     with pytest.raises(BoigError, match="another model"): load_neti(tiny(layers_per_block=2), folder)
+
+
+@pytest.mark.parametrize("first, second", [("custom_diffusion", "custom_diffusion"), ("custom_diffusion", "neti"), ("neti", "custom_diffusion"), ("neti", "textual_inversion"), ("textual_inversion", "textual_inversion")])
+def test_a_pipeline_holds_one_subject(first, second, runs, tmp_path):
+    "A second one is refused, and changes nothing, whatever its word."
+    load = {"custom_diffusion": load_custom_diffusion, "neti": load_neti, "textual_inversion": load_textual_inversion}
+    pipe = load[first](tiny(), runs(first)[2])
+    words, before = load_subject(runs(first)[2])["words"], len(pipe.tokenizer)
+    drawn, other = pictures(pipe, words), tmp_path/"other"
+    shutil.copytree(runs(second)[2], other)
+    if first != second: (other/"subject.json").write_text(json.dumps(load_subject(other) | {"words": "<other> thing" if second == "custom_diffusion" else "<other>"}))
+    with pytest.raises(BoigError, match="already holds .* load a fresh one"): load[second](pipe, other)
+    assert len(pipe.tokenizer) == before and torch.equal(pictures(pipe, words), drawn)
+    if first != "textual_inversion": refused("already holds", METHODS[second][0], pipe, SUBJECT, tmp_path/"new", METHODS[second][1])
 
 
 # --- InstructBooth

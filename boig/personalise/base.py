@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Subject', 'whole_words', 'rare_words', 'check_words', 'picture_size', 'read_pictures', 'class_pictures',
            'noised', 'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'prepare',
-           'learn', 'add_word', 'speaking', 'save_word', 'save_subject', 'load_subject']
+           'learn', 'add_word', 'check_fresh', 'speaking', 'save_word', 'save_subject', 'load_subject']
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #963e8f8a
 import json
@@ -215,6 +215,7 @@ def prepare(
 ) -> tuple[torch.Tensor, dict]: # the subject's pictures; the plan so far
     "What every method begins with: all that can be wrong is said before the pipeline is changed or anything is drawn."
     Learner.check(pipe, config)
+    check_fresh(pipe)
     check_words(pipe.tokenizer, subject, identifier)
     pictures = read_pictures(subject.pictures, picture_size(pipe))
     plan = Learner.whole_plan(pipe, config, {"noun": subject.noun, "pictures": fingerprint(pictures)} | plan)
@@ -263,6 +264,15 @@ def add_word(
     table = encoder.get_input_embeddings().weight.data
     table[token] = table[known].mean(0)
     return token
+
+def check_fresh(
+    pipe: StableDiffusionPipeline,
+    word: str = "", # that is about to be added
+):
+    "BoigError if a pipeline holds a subject already: another one would take its place in part, and spoil both."
+    held = {type(p).__name__ for p in pipe.unet.attn_processors.values()}
+    method = "NeTI" if "LayerAttention" in held else "Custom Diffusion" if any(n.startswith("CustomDiffusion") for n in held) else ""
+    if method or word and len(pipe.tokenizer.tokenize(word)) == 1: raise BoigError(f"This pipeline already holds {f'a subject of {method}' if method else f'the word {word!r}'}; load a fresh one.")
 
 @contextmanager
 def speaking(

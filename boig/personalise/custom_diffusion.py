@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ..benches.subjects import fill_prompt
 from ..core import atomic_path
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, rare_words, save_subject,
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_fresh, denoising_loss, encode, learn, load_subject, pick, prepare, rare_words, save_subject,
                                    save_word, speaking, with_prior)
 from .dreambooth import prior_latents
 from .textual_inversion import TEMPLATES
@@ -109,7 +109,7 @@ def load_custom_diffusion(
     folder,
 ) -> StableDiffusionPipeline: # the same
     "Give a pipeline what `train_custom_diffusion` left in a folder, by diffusers' own loaders."
-    load_subject(folder)
+    check_fresh(pipe, load_subject(folder)["words"].split()[0])
     pipe.unet.load_attn_procs(str(folder), weight_name=WEIGHTS, _pipeline=pipe)  # without _pipeline diffusers 0.42 reads the file and changes nothing
     pipe.load_textual_inversion(str(Path(folder)/"learned_embeds.safetensors"))
     return pipe

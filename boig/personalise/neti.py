@@ -20,7 +20,7 @@ from torch import nn
 from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, seed_everything
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, speaking)
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_fresh, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, speaking)
 from .textual_inversion import TEMPLATES
 
 # %% ../../nbs/80_personalise/84_neti.ipynb #f3829fd7
@@ -180,6 +180,7 @@ def load_neti(
 ) -> StableDiffusionPipeline: # the same
     "Give a pipeline the network that `train_neti` left in a folder."
     about = load_subject(folder)
+    check_fresh(pipe, about["words"])
     token, mapper = add_word(pipe, about["words"], about["like"]), make_mapper(pipe, about["like"], about["hidden"])
     tensors = load_file(Path(folder)/"mapper.safetensors")
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in mapper.state_dict().items()}: raise BoigError(f"{folder} was learned by another model, with other layers or another text encoder.")

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from ..benches.subjects import fill_prompt
 from ..diffusion.tuning import restore
-from .base import (Learner, PersonaliseConfig, Subject, add_word, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, save_word, speaking)
+from .base import (Learner, PersonaliseConfig, Subject, add_word, check_fresh, denoising_loss, encode, learn, load_subject, pick, prepare, save_subject, save_word, speaking)
 
 # %% ../../nbs/80_personalise/83_textual_inversion.ipynb #0ee3bd05
 TEMPLATES = ("a {0} {1}", "a photo of a {0} {1}", "a picture of a {0} {1}")
@@ -63,6 +63,6 @@ def load_textual_inversion(
     folder,
 ) -> StableDiffusionPipeline: # the same
     "Give a pipeline the word that `train_textual_inversion` left in a folder; diffusers' own loader reads the file too."
-    load_subject(folder)
+    check_fresh(pipe, load_subject(folder)["words"])
     pipe.load_textual_inversion(str(Path(folder)/"learned_embeds.safetensors"))
     return pipe
