@@ -153,6 +153,31 @@ def test_given_rows_hold_the_files(tmp_path):
     assert row["prompt"] == "an apple" and to_tensor(row["image"]["bytes"]).shape == (3, 4, 5)
 
 
+def test_photographs_stand_upright_and_keep_their_secrets(tmp_path):
+    exif = Image.Exif()
+    exif[274], exif[270], exif[34853] = 6, "Rose Lane 5", {1: "N", 2: (52.0, 31.0, 12.0)}  # turned a quarter; a place
+    Image.new("RGB", (6, 4), "red").save(tmp_path/"a.jpg", exif=exif, icc_profile=b"a profile")
+    Image.new("CMYK", (6, 4), (0, 255, 255, 0)).save(tmp_path/"b.jpg")
+    rows = given_rows([tmp_path/"a.jpg", tmp_path/"b.jpg"], "cup")
+    for row, size in zip(rows.image, ((4, 6), (6, 4))):
+        picture = Image.open(io.BytesIO(row["bytes"]))
+        assert picture.format == "PNG" and picture.mode == "RGB" and picture.size == size and not picture.info and not picture.getexif() and b"Rose" not in row["bytes"]
+        assert np.abs(np.asarray(picture).mean((0, 1)) - (255, 0, 0)).max() < 8
+    import matplotlib.pyplot as plt
+    files = [{"bytes": (tmp_path/f).read_bytes()} for f in ("a.jpg", "b.jpg")]
+    fig = picture_grid(pd.DataFrame({"method": ["reference", "base"], "image": files, "number": 0, "prompt": "a cup", "seen": False}), {"base": "base"})
+    shown = [ax.images[0].get_array() for ax in fig.axes if ax.images]
+    assert [a.shape for a in shown] == [(6, 4, 3), (4, 6, 3)] and all(np.abs(a.mean((0, 1)) - (255, 0, 0)).max() < 8 for a in shown)
+    plt.close(fig)
+
+
+def test_the_base_is_asked_as_a_person_would(lesson):
+    pipe, asked = compare.load_pipeline(lesson.base), pd.DataFrame({"template": ["a {0} {1} and a ball"], "seen": False})
+    for words, said in (("apple", "an apple and a ball"), ("q apple", "a q apple and a ball")):
+        row, = picture_rows(pipe, words, "apple", asked, 1, 3, **lesson.sampling).to_dict("records")
+        assert (row["asked"], row["prompt"]) == (said, "an apple and a ball")
+
+
 # --- the verdict
 
 def gaps(**verdicts): return pd.DataFrame([{"Metric": m, "verdict": v} for m, v in verdicts.items()])

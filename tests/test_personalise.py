@@ -104,6 +104,17 @@ def test_pictures_from_folders_files_and_tensors(tmp_path):
     with pytest.raises(BoigError, match="1.png"): read_pictures(tmp_path, 16)
 
 
+def test_hidden_files_are_no_pictures_and_others_are_named(tmp_path):
+    for k in range(2): Image.new("RGB", (8, 8)).save(tmp_path/f"{k}.png")
+    (tmp_path/"._0.png").write_bytes(b"macOS")
+    assert len(read_pictures(tmp_path, 8, 2)) == 2
+    for name in ("a.HEIC", "notes.txt"): (tmp_path/name).write_bytes(b"x")
+    with pytest.raises(BoigError, match=r"2 pictures; at least 3.* end in \.png, \.jpg.*: a\.HEIC\.$"): read_pictures(tmp_path, 8)
+    (tmp_path/"class").mkdir()
+    (tmp_path/"class"/".DS_Store").write_bytes(b"x")
+    assert len(class_pictures(tiny(), "a cup", tmp_path/"class", 2, num_inference_steps=2)) == 2  # nobody's own pictures
+
+
 def test_class_pictures_are_drawn_once(tmp_path, monkeypatch):
     pipe = tiny()
     first = class_pictures(pipe, "a cup", tmp_path/"c", 10, num_inference_steps=2)
@@ -449,9 +460,9 @@ def test_a_folder_of_an_unknown_method(tmp_path):
 def test_reward_reads_prompts_without_the_identifier():
     seen = []
     def reward(images, prompts, context): seen.append((prompts, context)); return torch.zeros(len(prompts))
-    plain = Plainly(reward, Subject([], "toy", "q", "red"))
-    plain(torch.zeros(2, 3, 4, 4), ["a q red toy and a q", "a toy"], {"x": 1})
-    assert seen == [(["a toy and a q", "a toy"], {"x": 1})] and plain.name == "function, without 'q'" and not plain.differentiable
+    plain = Plainly(reward, Subject([], "apple", "q", "red"), ["a {0} {1} and a q", "a {0} {1}"])
+    plain(torch.zeros(2, 3, 4, 4), ["a q red apple and a q", "an apple"], {"x": 1})
+    assert seen == [(["an apple and a q", "an apple"], {"x": 1})] and plain.name == "function, without 'q'" and not plain.differentiable
 
 
 def test_settings_of_the_paper():

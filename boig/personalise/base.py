@@ -75,11 +75,19 @@ def check_words(tokenizer, subject: Subject, identifier: bool = True): # whether
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #11fd7a8b
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OTHERS = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".dng") # pictures too, but not read
 
 def picture_size(pipe: StableDiffusionPipeline) -> int: # pixels a side
     "The size of the square pictures that a pipeline draws."
     n = pipe.unet.config.sample_size
     return (n if isinstance(n, int) else min(n)) * pipe.vae_scale_factor
+
+def _listed(folder) -> tuple[list[Path], str]: # in order; what else lies there, for a message
+    "A folder's pictures."
+    if not Path(folder).is_dir(): raise BoigError(f"There is no folder '{folder}' of pictures.")
+    files = sorted(p for p in Path(folder).iterdir() if not p.name.startswith(".")) # macOS writes ._00.png beside 00.png
+    other = [p.name for p in files if p.suffix.lower() in _OTHERS]
+    return [p for p in files if p.suffix.lower() in SUFFIXES], f" Files that count end in {', '.join(SUFFIXES)}" + (f"; save as one of these: {', '.join(other)}." if other else ".")
 
 def read_pictures(
     sources, # a folder, or a list of files, PIL pictures or tensors [3, H, W] in [0, 1]
@@ -87,10 +95,8 @@ def read_pictures(
     least: int = 3, # so many are needed
 ) -> torch.Tensor: # [N, 3, size, size] float32 in [0, 1]
     "Reference pictures; BoigError if one cannot be read, or there are too few."
-    if isinstance(sources, (str, Path)):
-        if not Path(sources).is_dir(): raise BoigError(f"There is no folder '{sources}' of pictures.")
-        sources = sorted(p for p in Path(sources).iterdir() if p.suffix.lower() in SUFFIXES)
-    if len(sources) < least: raise BoigError(f"There {'is' if len(sources) == 1 else 'are'} {len(sources)} picture{'s' * (len(sources) != 1)}; at least {least} are needed, best of different places and sides.")
+    sources, rest = _listed(sources) if isinstance(sources, (str, Path)) else (sources, "")
+    if len(sources) < least: raise BoigError(f"There {'is' if len(sources) == 1 else 'are'} {len(sources)} picture{'s' * (len(sources) != 1)}; at least {least} are needed, best of different places and sides.{rest}")
     square = Preprocess((size, size), shortest=size)
     return torch.cat([square.resize(check_pictures((s if isinstance(s, torch.Tensor) else to_tensor(s))[None].float())) for s in sources])
 
@@ -106,7 +112,7 @@ def class_pictures(
     "The folder's pictures of a class, drawn if need be."
     folder, size = Path(folder), picture_size(pipe)
     about, plan = folder/"class.json", {"prompt": prompt, "model": fingerprint(pipe.unet.parameters()), "seed": seed} | sampling
-    if not about.exists() and any(folder.glob("*")): return read_pictures(folder, size, 1)
+    if not about.exists() and any(folder.glob("[!.]*")): return read_pictures(folder, size, 1)
     if about.exists() and (old := json.loads(about.read_text())) != plan: raise BoigError(f"{folder} holds pictures of '{old['prompt']}', or of another model or sampling. Take another folder, or delete it.")
     if not about.exists(): write_json(about, plan)
     names = [folder/f"{k:04}.png" for k in range(n)]

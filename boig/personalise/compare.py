@@ -17,14 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 from ..benches.subjects import BenchSubject, DreamBench, actions, fill_prompt, read_dreambench, rl_prompts, write_pocket_subjects
 from ..core import BoigError, atomic_path, closest, derive_seed, digest, sha256_file
 from ..diffusion.pipeline import as_png, draw, load_pipeline
 from ..metrics.subject_fidelity import action_shown, score_pictures
 from ..perception.detector import detect
-from ..perception.pixels import to_tensor
+from ..perception.pixels import open_rgb, to_tensor
 from .base import Subject, denoising_loss, encode, pick, picture_size, read_pictures
 from .custom_diffusion import train_custom_diffusion
 from .dreambooth import load_dreambooth, train_dreambooth
@@ -128,17 +127,24 @@ def picture_rows(
     "Draw what is asked of a subject."
     rows = asked.loc[asked.index.repeat(each)].reset_index(drop=True)
     rows["prompt"] = [fill_prompt(t, noun) for t in rows.template]
-    rows["asked"] = [" ".join(t.replace("{0}", "").replace("{1}", words).split()) for t in rows.template]
+    rows["asked"] = rows.prompt if words == noun else [" ".join(t.replace("{0}", "").replace("{1}", words).split()) for t in rows.template]
     rows["number"] = rows.groupby("template", sort=False).cumcount()
     pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), **sampling)
     return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
+
+def _pixels(file) -> bytes: # of a PNG
+    "A picture upright, in RGB, and nothing else: a photograph's file may say where its owner lives."
+    picture = open_rgb(file)
+    picture.info.clear()
+    picture.save(out := io.BytesIO(), "PNG")
+    return out.getvalue()
 
 def given_rows(
     pictures, # files of the subject's pictures
     noun: str,
 ) -> pd.DataFrame: # prompt, number, image
     "The subject's own pictures, as rows beside the drawn ones."
-    return pd.DataFrame({"prompt": fill_prompt("a {0} {1}", noun), "number": range(len(pictures)), "image": [{"bytes": Path(p).read_bytes(), "path": None} for p in pictures]})
+    return pd.DataFrame({"prompt": fill_prompt("a {0} {1}", noun), "number": range(len(pictures)), "image": [{"bytes": _pixels(p), "path": None} for p in pictures]})
 
 def kept(
     path, # ….parquet
@@ -236,7 +242,7 @@ def picture_grid(
     fig, axes = plt.subplots(2 + len(methods), len(columns), figsize=(side * (len(columns) + 0.6), side * (len(methods) + 1.5)), squeeze=False, height_ratios=[1, 0.5] + [1] * len(methods))
     fig.subplots_adjust(left=0.6 / (len(columns) + 0.6), right=0.995, top=0.995, bottom=0.005, wspace=0.03, hspace=0.03)
     def put(ax, image, good=False):
-        ax.imshow(Image.open(io.BytesIO(image["bytes"])))
+        ax.imshow(open_rgb(image["bytes"]))
         ax.set(xticks=[], yticks=[])
         for spine in ax.spines.values(): spine.set(color="tab:green" if good else "white", linewidth=2)
     for ax in axes[:2].flat: ax.axis("off")

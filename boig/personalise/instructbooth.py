@@ -36,12 +36,12 @@ def instruct_prompts(
 # %% ../../nbs/80_personalise/85_instructbooth.ipynb #7b589e6b
 class Plainly:
     "A reward that is given its prompts without the identifier."
-    def __init__(self, reward, subject: Subject):
-        self.reward, self.subject = reward, subject
+    def __init__(self, reward, subject: Subject, templates): # of the prompts
+        self.reward, self.plain = reward, {subject.prompt(t): subject.prompt(t, identifier=False) for t in templates}
         self.name, self.differentiable = f"{getattr(reward, 'name', type(reward).__name__)}, without '{subject.identifier}'", getattr(reward, "differentiable", False)
 
     def __call__(self, images: torch.Tensor, prompts: list[str], context: dict | None = None) -> torch.Tensor: # [B]
-        return self.reward(images, [p.replace(self.subject.words(), self.subject.words(False)) for p in prompts], context)
+        return self.reward(images, [self.plain.get(p, p) for p in prompts], context)
 
 # %% ../../nbs/80_personalise/85_instructbooth.ipynb #7de19e05
 INSTRUCT = DDPOConfig(
@@ -67,7 +67,7 @@ def train_rl(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log, one row an epoch
     "The second stage alone (§4.2), or go on where a stopped run was."
-    told = Plainly(reward, subject) if plainly else reward
+    told = Plainly(reward, subject, templates) if plainly else reward
     log = train_ddpo(pipe, instruct_prompts(subject, templates, both), told, Path(folder)/"rl", rl, watch=watch, progress=progress)
     save_subject(folder, "instructbooth", subject.words(), start=os.path.relpath(start, folder), lora=rl.lora_rank > 0)
     return log
