@@ -1,5 +1,6 @@
 "InstructBooth's experiment: who is asked what, trainings that are done once, judges that see the right references, and a verdict that is a rule."
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from boig.metrics.subject_fidelity import fidelity_differences
 from boig.perception.pixels import to_tensor
 from boig.personalise import compare
 from boig.personalise.compare import METHODS, PROTOCOLS, Lesson, Protocol, cells_to_decide, claim_verdict, compare_subject, given_rows, judge_rows, load_protocol, picture_grid, picture_rows, teach
+from boig.personalise.base import Subject
 from boig.personalise.dreambooth import DreamBoothConfig
 from boig.personalise.textual_inversion import TextualInversionConfig
 
@@ -99,6 +101,37 @@ def test_what_is_learned_is_not_learned_again(table, lesson, protocol, monkeypat
     monkeypatch.setattr(compare, "teach", lambda *a, **k: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(compare_subject(lesson, protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth")), table)
     assert not list(lesson.folder.rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize("changed, said", [
+    (lambda l: {"each": 1}, "another pictures of a prompt"), (lambda l: {"seed": 7}, "another seed of the pictures"), (lambda l: {"sampling": {"num_inference_steps": 3, "guidance_scale": 2.0}}, "another sampling"),
+    (lambda l: {"identifier": "z"}, r"dreambooth.parquet .* another subject \(q cup\)"), (lambda l: {"reward": lambda images, prompts, context: -brightness(images, prompts)}, "instructbooth.parquet .* another reward"),
+    *[(lambda l, m=m, c=c: {"configs": l.configs | {m: replace(l.configs[m], **c)}}, f"{m}.parquet .* another {next(iter(c))}")
+      for m, c in (("dreambooth", {"steps": 3}), ("dreambooth", {"prior_pictures": 3}), ("textual_inversion", {"lr": 1.0}), ("instructbooth", {"epochs": 2}), ("instructbooth", {"seed": 5}))]])
+def test_pictures_of_other_settings_are_refused(changed, said, table, lesson, protocol):
+    with pytest.raises(BoigError, match=said): compare_subject(replace(lesson, **changed(lesson)), protocol, "cup", ("dreambooth", "textual_inversion", "instructbooth"))
+
+
+def test_pictures_of_other_phrases_are_refused(table, lesson, protocol):
+    with pytest.raises(BoigError, match="another templates asked"): compare_subject(lesson, replace(protocol, phrases=1), "cup", ("dreambooth",))
+
+
+def test_a_training_of_other_settings_is_refused(table, lesson, protocol):
+    "Also without its table; what changes no result may differ, and a folder without a plan is an older version's."
+    s = protocol.data.subjects["cup"]
+    place, subject = lesson.at(s), Subject(list(s.pictures), s.noun, "q")
+    config, rl = lesson.configs["dreambooth"], lesson.configs["instructbooth"]
+    first = ("dreambooth", subject, place/"dreambooth", config, lesson.base)
+    assert teach(*first)[1] == teach(*first[:3], replace(config, gradient_checkpointing=True), lesson.base)[1] == "q cup"
+    with pytest.raises(BoigError, match="dreambooth holds a run with another lr"): teach(*first[:3], replace(config, lr=1.0), lesson.base)
+    with pytest.raises(BoigError, match="another pictures"): teach("dreambooth", replace(subject, pictures=subject.pictures[:3]), *first[2:])
+    with pytest.raises(BoigError, match="another base"): teach(*first[:4], "pocket-sd")
+    more = dict(start=place/"dreambooth", templates=protocol.rl(s), reward=brightness)
+    teach("instructbooth", subject, place/"instructbooth-actions", rl, lesson.base, **more)
+    for wrong, said in ((dict(both=False), "another prompts"), (dict(plainly=False), "another plainly"), (dict(templates=["a {0} {1} on red"]), "another prompts")):
+        with pytest.raises(BoigError, match=said): teach("instructbooth", subject, place/"instructbooth-actions", rl, lesson.base, **more | wrong)
+    (shutil.copytree(place/"dreambooth", place/"older")/"plan.json").unlink()
+    assert teach(*first[:2], place/"older", replace(config, lr=1.0), lesson.base)[1] == "q cup"
 
 
 def test_a_killed_run_goes_on_to_the_same_pictures(table, lesson, protocol, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_sampler import tiny
 
 from boig.core import BoigError
-from boig.diffusion.ddpo import DDPOConfig
+from boig.diffusion.ddpo import DDPOConfig, reward_plan
 from boig.diffusion.pipeline import draw
 from boig.diffusion.sampler import sample
 from boig.personalise.base import (Subject, add_word, check_words, class_pictures, denoising_loss, encode, load_subject, noised, pick, picture_size, rare_words, read_pictures, speaking,
@@ -463,6 +463,12 @@ def test_reward_reads_prompts_without_the_identifier():
     plain = Plainly(reward, Subject([], "apple", "q", "red"), ["a {0} {1} and a q", "a {0} {1}"])
     plain(torch.zeros(2, 3, 4, 4), ["a q red apple and a q", "an apple"], {"x": 1})
     assert seen == [(["an apple and a q", "an apple"], {"x": 1})] and plain.name == "function, without 'q'" and not plain.differentiable
+
+
+def test_another_reward_is_another_run_without_the_identifier_too():
+    "Plainly stands between a run and its reward; the plan sees through it."
+    one, other = (Plainly(lambda images, prompts, context, k=k: k * brightness(images, prompts), SUBJECT, ["a {0} {1}"]) for k in (1, 2))
+    assert one.name == other.name and reward_plan(one) != reward_plan(other)
 
 
 def test_settings_of_the_paper():

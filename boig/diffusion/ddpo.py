@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAST', 'ddpo_sf', 'ddpo_is', 'standardize', 'flat', 'deviation', 'Advantages', 'score', 'DDPOConfig', 'step_loss',
-           'path_loss', 'Run', 'epoch_prompts', 'window_eta', 'draw_batch', 'mend', 'collect', 'base_mean',
-           'choose_steps', 'repeated', 'losses', 'update', 'train_ddpo']
+           'path_loss', 'reward_plan', 'Run', 'epoch_prompts', 'window_eta', 'draw_batch', 'mend', 'collect',
+           'base_mean', 'choose_steps', 'repeated', 'losses', 'update', 'train_ddpo']
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #20d677c1
 import copy
@@ -198,12 +198,16 @@ def _making(reward) -> str: # 12 characters
     if hasattr(reward, "name") or not (code := getattr(reward, "__code__", None)): return digest(_plain(getattr(reward, "settings", None)))
     return digest([of(code), _plain(reward.__defaults__), [_plain(c.cell_contents) for c in reward.__closure__ or ()]])
 
+def reward_plan(reward) -> dict:
+    "What of a reward a run's plan holds."
+    return {"reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward)}
+
 class Run(Tuning):
     "A training in memory."
     adapter, free = "ddpo", (*Tuning.free, "micro_steps", "keep_graph", "overlap")
     def __init__(self, pipe, prompts, reward, folder, config: DDPOConfig, context: dict | None = None):
         if not prompts: raise BoigError("There are no prompts; pass a list with at least one.")
-        plan = {"prompts": digest(prompts), "reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward), "context": digest(_plain(context))}
+        plan = {"prompts": digest(prompts), "context": digest(_plain(context))} | reward_plan(reward)
         super().__init__(pipe, folder, config, plan)
         pipe.scheduler = to_ddim(pipe.scheduler) # until the result is saved
         self.base = copy.deepcopy(pipe.unet).requires_grad_(False).eval() if config.kl and not config.lora_rank else None

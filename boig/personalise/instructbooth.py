@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ..core import BoigError, closest
-from ..diffusion.ddpo import DDPOConfig, Run, train_ddpo
+from ..diffusion.ddpo import DDPOConfig, Run, reward_plan, train_ddpo
 from ..diffusion.pipeline import load_pipeline
 from .base import Subject, load_subject, save_subject
 from .custom_diffusion import load_custom_diffusion
@@ -38,6 +38,7 @@ class Plainly:
     "A reward that is given its prompts without the identifier."
     def __init__(self, reward, subject: Subject, templates): # of the prompts
         self.reward, self.plain = reward, {subject.prompt(t): subject.prompt(t, identifier=False) for t in templates}
+        self.settings = reward_plan(reward) # by which a run knows it
         self.name, self.differentiable = f"{getattr(reward, 'name', type(reward).__name__)}, without '{subject.identifier}'", getattr(reward, "differentiable", False)
 
     def __call__(self, images: torch.Tensor, prompts: list[str], context: dict | None = None) -> torch.Tensor: # [B]
