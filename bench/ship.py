@@ -42,7 +42,9 @@ def slim(notebook: Path, root: str) -> str:
     found = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in found["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
-        for output in cell.get("outputs", []):
+        if cell["cell_type"] != "code": continue
+        cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+        for output in cell["outputs"]:
             data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
             if "text/html" in data: data.pop("text/html" if len("".join(data["text/html"])) > LARGE else "text/plain", None)
             if "data" in output: output["data"] = data
@@ -54,7 +56,7 @@ def ship(results: Path, record: dict, target: Path):
     root, shipped = record["parameters"]["results"].rsplit("/results/", 1)[0], {} # of the checkout that ran it
     for file in record["outputs"]:
         if file.startswith("tables/"): shutil.copyfile(results/file, target/Path(file).name)
-        if file.startswith("figures/") and not target.name.startswith("seed-") and (target.name == "reference" or (target/Path(file).name).exists()): # of a shorter run, those that README shows
+        if file.startswith("figures/") and (target/Path(file).name).exists(): # a new one is put there by hand first: the project must stay small
             reduce(results/file, target/Path(file).name)
             shipped[file] = sha256_file(target/Path(file).name)
     if target.name == "reference": shipped[record["notebook"]] = sha256_file(write_text(target/record["notebook"], slim(results/record["notebook"], root)))
