@@ -120,6 +120,7 @@ def training_plan(
     more = {"DreamBooth before it": digest(first.read_text(encoding="utf-8"))} if first.is_file() else {}
     return plan | more | {"prompts": instruct_prompts(subject, templates, both), "plainly": plainly} | reward_plan(reward)
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #fb3ba2b5
 def teach(
     method: str, # one of METHODS
     subject: Subject,
@@ -180,6 +181,7 @@ def given_rows(
     "The subject's own pictures, as rows beside the drawn ones."
     return pd.DataFrame({"prompt": fill_prompt("a {0} {1}", noun), "number": range(len(pictures)), "image": [{"bytes": _pixels(p), "path": None} for p in pictures]})
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #9aff0201
 def drawing_plan(
     asked: pd.DataFrame,
     each: int,
