@@ -3,11 +3,12 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from scipy import stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from boig.core import BoigError
-from boig.metrics.choice import adjusted_rand, choice_row, cluster_row, davies_bouldin, k_means, pairwise, silhouette, top_k
+from boig.metrics.choice import adjusted_rand, choice_row, cluster_row, davies_bouldin, k_means, mean_interval, pairwise, silhouette, top_k
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,11 +33,23 @@ def test_top_k_refuses(bad):
 
 def test_row_is_percent_with_intervals_over_users():
     scores = np.array([[1.0, 0]] * 6 + [[0, 1]] * 6)
-    row = choice_row(scores, users=np.arange(12) // 2, bootstrap=2000)  # three users with all right, three with all wrong
+    row = choice_row(scores, users=np.arange(12) // 2)  # three users with all right, three with all wrong
     assert row["top-1"] == 50 and row["top-1 low"] == 0 and row["top-1 high"] == 100 and row["n"] == 12 and "top-2" not in row
     assert np.isnan(choice_row(scores, users=np.arange(12) // 3)["top-1 low"])  # four users tell nothing of a fifth
     same = choice_row(np.repeat([[1.0, 0], [0, 1]], 50, 0))
     assert 30 < same["top-1 low"] < 50 < same["top-1 high"] < 70
+
+
+def test_mean_interval_is_that_of_pairs_who_share_a_user_or_a_caption():
+    rng = np.random.default_rng(0)
+    for n, users, captions in ((60, 7, 40), (200, 30, 9), (90, 90, 6)):
+        x, u, c = rng.normal(size=n), rng.permutation(np.arange(n) % users), rng.permutation(np.arange(n) % captions)
+        e, g = x - x.mean(), lambda same: len(set(map(tuple, same)))
+        alike = [(u[:, None] == u, users), (c[:, None] == c, captions), ((u[:, None] == u) & (c[:, None] == c), g(np.stack([u, c], 1)))]
+        v = [sum(e[i] * e[j] for i in range(n) for j in range(n) if same[i, j]) * k / (k - 1) for same, k in alike]
+        half = stats.t.ppf(0.975, min(users, captions) - 1) * np.sqrt(max(v[0], v[1], v[0] + v[1] - v[2])) / n
+        assert mean_interval(x, u, c) == pytest.approx((x.mean(), x.mean() - half, x.mean() + half), abs=1e-12)
+        assert mean_interval(x, c, u) == pytest.approx(mean_interval(x, u, c), abs=1e-12)
 
 
 def by_hand(x, labels):

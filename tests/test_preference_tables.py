@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy import stats
 
 from boig.behaviour.incontext import Budget, Price, ServerConfig, answer_by_server
 from boig.benches.cards import read_card
@@ -19,7 +20,7 @@ from boig.preference.baselines import (PictureServer, guess, pick_cases, read_in
 from boig.preference.loss import LossConfig
 from boig.preference.model import PreferenceConfig, PreferenceModel, save_preference, tiny_idefics
 from boig.preference.training import Histories, TrainConfig, _drawn, same_prompt, train_preference
-from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, shared_captions, token_profiles, user_states
+from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, token_profiles, user_states
 from boig.scales import load_scale
 
 RULES = TasteRules(users=24, prompts=10, shared=2)
@@ -116,18 +117,12 @@ def test_questions_rivals_and_controls(made):
 
 def test_compare_is_paired_and_by_user():
     good, bad = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    found = compare([good, good, bad, good] * 3, [good, bad, bad, good] * 3, list("aabbccddeeff"))  # each other user gains a half
-    assert found["difference"] == 25 and found["low"] == 0 and found["high"] == 50 and found["verdict"] == "undecided" and found["n"] == 12
-    cases = pd.DataFrame({"user_id": list("aabb"), "seen": [True, True, False, False]})
+    found = compare([good, good, bad, good] * 3, [good, bad, bad, good] * 3, pd.DataFrame({"user_id": list("aabbccddeeff"), "prompt": list("uuvvwwxxyyzz")}))  # each other user gains a half
+    half = 100 * stats.t.ppf(0.975, 5) * np.std([0, 0.5] * 3, ddof=1) / 6**0.5
+    assert found["difference"] == 25 and found["low"] == pytest.approx(25 - half) and found["high"] == pytest.approx(25 + half) and found["verdict"] == "undecided" and found["n"] == 12
+    cases = pd.DataFrame({"user_id": list("aabb"), "prompt": list("wxyz"), "seen": [True, True, False, False]})
     table = rows_of_table({"m": [good, good, bad, good]}, cases, (1,)).set_index("Users")["top-1"]
     assert table.to_dict() == {"all": 75, "seen": 100, "new": 50}
-
-
-def test_tables_say_how_many_captions_users_share():
-    cases = pd.DataFrame({"user_id": list("aabc"), "prompt": ["x", "y", "x", "z"]})
-    assert shared_captions(cases).startswith("4 questions of 3 users have 3 different captions, 1 of them asked of several users: ") and "too narrow" in shared_captions(cases)
-    assert shared_captions(cases[1:]) == "3 questions of 3 users have 3 different captions, 0 of them asked of several users."
-    for table, asked in (("table1", "fours"), ("table2", "pairs")): assert f"print(shared_captions({asked}))" in code_of_tables(f"{table} = table_of")
 
 
 def test_a_server_is_asked_with_the_appendixs_words_and_never_without_a_price(made, tmp_path, monkeypatch):
