@@ -7,21 +7,41 @@ __all__ = ['load_pipeline', 'sampling', 'negatives', 'draw', 'as_png', 'records_
 
 # %% ../../nbs/50_diffusion/50_pipeline.ipynb #87b8e95b
 import json
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 
 from ..core import BoigError, atomic_path, derive_seed, get_device, made_by, png_record, save_png
 from ..zoo import entries, resolve
 
 # %% ../../nbs/50_diffusion/50_pipeline.ipynb #c6d42411
+@contextmanager
+def _quiet():
+    "Without what diffusers says of any autoencoder of the class `AutoencoderTiny`, and of its progress."
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(); logging.disable_progress_bar()
+    try: yield
+    finally:
+        logging.set_verbosity(level)
+        if bars: logging.enable_progress_bar()
+
 def _open(path: Path, dtype: torch.dtype, **parts) -> DiffusionPipeline:
     "The pipeline in a folder; Stable Diffusion without its safety checker."
     kind = json.loads((path/"model_index.json").read_text(encoding="utf-8")).get("_class_name")
     bare = dict(safety_checker=None, requires_safety_checker=False) if kind == "StableDiffusionPipeline" else {}
     return DiffusionPipeline.from_pretrained(path, dtype=dtype, **bare, **parts)
+
+def _assembled(path: Path, base: str, dtype: torch.dtype) -> DiffusionPipeline:
+    "The pipeline of a folder that holds it, or only the denoiser of another one."
+    if (path/"model_index.json").is_file(): return _open(path, dtype)
+    if not (path/"unet").is_dir(): raise BoigError(f"{path} holds no pipeline (no model_index.json) and no unet.")
+    if not base: raise BoigError(f"{path} holds only a denoiser; say which pipeline it belongs to: base='pocket-sd'.")
+    parts = dict(unet=UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=dtype), scheduler=DDIMScheduler.from_pretrained(path/"scheduler"))
+    return _open(resolve(base), dtype, **parts)
 
 def load_pipeline(
     ref: str, # zoo name, local folder or hub id
@@ -30,13 +50,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32, # of weights and arithmetic
 ) -> DiffusionPipeline: # quiet, without a safety checker
     "A text-to-image pipeline; BoigError if the folder holds none."
-    path, base = resolve(ref), base or (entries()[ref].base if ref in entries() else "")
-    if (path/"model_index.json").is_file(): pipe = _open(path, dtype)
-    elif not (path/"unet").is_dir(): raise BoigError(f"{path} holds no pipeline (no model_index.json) and no unet.")
-    elif not base: raise BoigError(f"{path} holds only a denoiser; say which pipeline it belongs to: base='pocket-sd'.")
-    else:
-        parts = dict(unet=UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=dtype), scheduler=DDIMScheduler.from_pretrained(path/"scheduler"))
-        pipe = _open(resolve(base), dtype, **parts)
+    path, entry = resolve(ref), entries().get(ref)
+    with _quiet() if entry and entry.kind == "packaged" else nullcontext(): pipe = _assembled(path, base or (entry.base if entry else ""), dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.register_to_config(_name_or_path=str(ref)) # what its pictures' records call it: neither the base of a student, nor a folder of the hub's cache
     return pipe.to(get_device(device))
