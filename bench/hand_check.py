@@ -1,11 +1,11 @@
 """A sample of pocket-sd's pictures, looked at by three readers, so that the detector's word is not the last one.
 
-    python bench/hand_check.py draw FOLDER                      # 100 pictures for held-out captions, as numbered sheets to look at
-    python bench/hand_check.py label FOLDER 3,17 3,17,20 3,40   # of each reader: the numbers where the answer is no
+    python bench/hand_check.py draw FOLDER                      # 100 pictures for held-out captions, as numbered sheets to look at; the same as the world draws them
+    python bench/hand_check.py label FOLDER 3,17 3,17,20 3,40 --world 3 3   # of each reader of either: the numbers where the answer is no
 
 Each reader looks at the sheets alone, knowing neither the others' answers nor the detector's, and answers of each picture: "Is there a TITLE in this picture?" Yes if
-somebody who is asked this would say so, small flaws forgiven; no if it is absent, another thing, or a shape that could be anything. Their majority is what counts. The
-second command writes bench/results/pocket_sd_hand_check.parquet, with every reader's answers; bench/zoo.py compares them with each other and with the detector.
+somebody who is asked this would say so, small flaws forgiven; no if it is absent, another thing, or a shape that could be anything. Their majority is what counts. Other
+readers look at the world's own drawings, to see what could be reached. The second command writes bench/results/pocket_sd_hand_check.parquet, with every reader's answers; bench/zoo.py compares them with each other and with the detector.
 The readers of the shipped answers were multimodal language models with fresh eyes, not people. An earlier reader, alone and asked which objects "can NOT be recognised", had
 let 83 of the same 100 pictures pass.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 from boig.core import atomic_path
 from boig.data.world import caption
 from boig.diffusion.pipeline import draw, load_pipeline, sampling
-from boig.pocket.captions import samples
+from boig.pocket.captions import pixels, quarters, samples
 from boig.zoo import resolve, sha256_tree
 
 SAMPLE = Path(__file__).parent/"results"/"pocket_sd_hand_check.parquet"
@@ -40,19 +40,22 @@ def draw_sample(folder, n=100, a_sheet=10):
     table = pd.DataFrame({"number": range(n), "caption": texts, "main": [s.objects[-1].name for s in scenes], "image": [packed(p) for p in pictures]})
     folder.mkdir(parents=True, exist_ok=True)
     table.assign(weights=sha256_tree(resolve("pocket-sd"))).to_parquet(folder/"sample.parquet", index=False)
-    for start in range(0, n, a_sheet):
-        fig, axes = plt.subplots(2, 5, figsize=(15, 6.6))
-        for ax, i in zip(axes.flat, range(start, start + a_sheet)):
-            ax.imshow(pictures[i].permute(1, 2, 0), interpolation="nearest"); ax.axis("off"); ax.set_title(f"{i}: {table.main[i]}", fontsize=14)
-        fig.tight_layout()
-        fig.savefig(folder/f"sheet{start:03d}.png", dpi=75)
-        plt.close(fig)
+    for name, shown in (("sheet", pictures), ("world", pixels(map(quarters, scenes)))):
+        for start in range(0, n, a_sheet):
+            fig, axes = plt.subplots(2, 5, figsize=(15, 6.6))
+            for ax, i in zip(axes.flat, range(start, start + a_sheet)):
+                ax.imshow(shown[i].permute(1, 2, 0), interpolation="nearest"); ax.axis("off"); ax.set_title(f"{i}: {table.main[i]}", fontsize=14)
+            fig.tight_layout()
+            fig.savefig(folder/f"{name}{start:03d}.png", dpi=75)
+            plt.close(fig)
 
 
 def label(folder, *missing):
-    if len(missing) % 2 == 0: sys.exit("A majority needs an odd number of readers: one list of numbers of each.")
+    at = missing.index("--world") if "--world" in missing else len(missing)
+    if at % 2 == 0: sys.exit("A majority needs an odd number of readers: one list of numbers of each.")
     table = pd.read_parquet(folder/"sample.parquet")
-    for k, numbers in enumerate(missing, 1): table[f"reader {k}"] = ~table.number.isin([int(i) for i in numbers.split(",") if i])
+    for who, lists in (("reader", missing[:at]), ("world", missing[at + 1:])):
+        for k, numbers in enumerate(lists, 1): table[f"{who} {k}"] = ~table.number.isin([int(i) for i in numbers.split(",") if i])
     table["shown"] = table.filter(like="reader").mean(axis=1) > 0.5
     with atomic_path(SAMPLE) as tmp: table.to_parquet(tmp, index=False)
     print(f"{table.shown.mean():.0%} of {len(table)} show the asked main object")
