@@ -368,7 +368,7 @@ class PreferenceGuidanceScale:
     norm_weight: float # of the noise's norm
     batch_size: int # pictures at once
     control: bool # also guide by our model with another agent's history
-    judges: str # COLUMN=JUDGE with commas
+    judges: str # COLUMN:JUDGE with commas
     style_judge: str # of CSD Score
     eye: str # reads attributes off the pixels: "pocket"; "" = nobody can
     grid_agents: int # agents in the figure

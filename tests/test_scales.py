@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from papermill import inspect_notebook
 
 from boig.core import BoigError, project_root
 from boig.stages import load_stages, notebook_parameters
@@ -38,6 +39,12 @@ def test_notebook_defaults_are_the_pocket_scale(stage):
     assert notebook_parameters(NBS/stage.notebook) == set(told) | {"results", "run_dir"}
     section = asdict(getattr(pocket, stage.section))
     assert {k: values[k] for k in section} == section and values["seed"] == pocket.seed and values["scale"] == "pocket"
+
+
+@pytest.mark.parametrize("notebook", sorted({s.notebook for s in load_stages().values()}))
+def test_papermill_knows_every_parameter_with_its_meaning(notebook, caplog):
+    found = inspect_notebook(NBS/notebook)
+    assert set(found) == notebook_parameters(NBS/notebook) and not caplog.records and all(p["help"] for p in found.values())
 
 
 @pytest.mark.parametrize("wrong, says", [
