@@ -231,7 +231,7 @@ class InstructTablesScale:
     grid_each: int # pictures of a prompt in the grids
     grid_subjects: int # subjects in them
     ours: str # method that is compared with every other
-    rival: str # and beside this one in the questionnaire
+    rivals: str # and beside these in the questionnaire, separated by commas
     asked_each: int # pictures of a prompt in the questionnaire
     answers: str # folder with raters' files; "" = nobody has rated
     appendix_pictures: int # of each subject, for appendix C
@@ -291,8 +291,10 @@ class PreferenceDataScale:
     prompts: int # of a user
     shared: int # captions of a turn that users share; 0 = everybody's own
     test_users: float # share of users that training never sees
-    valid_users: float # share that choose a checkpoint
+    valid_users: float # share kept to choose settings by hand
     agents: int # of Table 4
+    agent_generator: str # draws agents' pictures; "" = the pocket world's brush
+    agent_steps: int # of it
     viper_agents: int # that ViPer's proxy learns from
     agent_pairs: int # liked and disliked pictures of an agent
 
@@ -308,6 +310,7 @@ class PreferenceModelsScale:
     micro: int # at once
     targets: int # pairs asked about after each
     lr: float # of AdamW
+    end: float # learning rate of the last step, as a share of the first
     muon_lr: float # of matrices, by Muon; 0 = AdamW for all
     token_lr: float # of preference tokens
     warmup: int # steps
@@ -338,6 +341,7 @@ class PreferenceTablesScale:
     cases: int # questions of each kind
     lengths: str # of histories, for Fig. 7
     length_cases: int # questions for it
+    attention_head: int # of Fig. 3; -1 = mean over heads
     cluster_users: int # for Table 5
     clusters: int # K
     runs: int # training seeds

@@ -155,7 +155,10 @@ def test_looks_inside(made):
     d = divergences(a)
     p, q = a[1], a[3]
     assert d[1, 3] == pytest.approx(0.5 * sum(p * np.log(p / q) + q * np.log(q / p)), abs=1e-12) and np.allclose(d, d.T)
-    assert nearest_agree(np.array([[0, 1, 9], [1, 0, 9], [9, 8, 0.0]]), ["x", "x", "y"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    found = nearest_agree(np.array([[0, 1, 9], [1, 0, 9], [9, 8, 0.0]]), ["x", "x", "y"])
+    assert (found["share"], found["by chance"], found["gain"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3)) and np.isnan(found["low"])
+    across = nearest_agree(np.array([[0, 1, 9], [1, 0, 9], [9, 8, 0.0]]), ["x", "x", "y"], [True, False, False])
+    assert (across["share"], across["by chance"]) == (pytest.approx(2 / 3), pytest.approx(1 / 2))  # of the third user the only seen one is of another group
     assert couple(np.array([[0, 1, 5], [1, 0, 4], [5, 4, 0.0]]), [True, True, False]) == (1, 2)
 
 
@@ -172,7 +175,7 @@ def test_the_untrained_model_is_asked_as_the_trained_ones(tmp_path):
     names = dict(json=json, models=tmp_path, mllm="a base", quantize="", load_idefics=lambda *a, **k: (model.idefics, model.processor), PreferenceModel=PreferenceModel, PreferenceConfig=PreferenceConfig)
     exec(code_of_tables("def untrained").split("def untrained")[1].split("\nanswer(")[0].join(("def untrained", "")), names)
     assert names["untrained"]().config == model.config
-    assert code_of_tables("variants =").count('"untrained": untrained()') == 1
+    assert code_of_tables("stages =").count('"untrained": [untrained()]') == 1
 
 
 @pytest.mark.parametrize("scale", ("pocket", "reference", "paper"))

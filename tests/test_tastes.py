@@ -1,4 +1,6 @@
 "Simulated users and agents."
+from io import BytesIO
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ import torch
 from boig.benches.pickapic import FIELDS, HistoryRules, Pictures, build_histories
 from boig.benches.tastes import (DIMENSIONS, POCKET_DIMENSIONS, PALETTES, Agent, TasteRules, agent_prompt, agent_scene, ask_for, best_possible, candidate,
                                  jaccard_distance, make_agents, make_tastes, picture_parts, write_agents)
-from boig.core import BoigError
+from boig.core import BoigError, png_record
 from boig.data.verbalization import Verbalization
 from boig.pocket.captions import pixels
 from boig.pocket.choosers import asked, parts
@@ -110,3 +112,18 @@ def test_prompts_of_the_paper():
 def test_rules_are_checked(tmp_path):
     with pytest.raises(BoigError): TasteRules(users=0)
     with pytest.raises(BoigError, match="verbalizer"): make_tastes(tmp_path, FEW, draw=lambda c, s: None)
+
+
+def test_agents_of_the_papers_attributes_are_drawn_by_a_generator(tmp_path):
+    "Each prompt names the subject and one liked (or disliked) attribute of each dimension; each picture says what made it."
+    agents, asked = make_agents(DIMENSIONS, 2, each=4), []
+    def draw(prompts, seed): asked.append((tuple(prompts), seed)); return torch.rand(len(prompts), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    write_agents(tmp_path/"agents.parquet", agents, 3, draw=draw, model="a generator")
+    assert len(asked) == 6 and len({seed for _, seed in asked}) == 6
+    for k, (prompts, _) in enumerate(asked):
+        for prompt, own in zip(prompts, (agents[k // 3].likes, agents[k // 3].dislikes)):
+            said = prompt.split(", ")[1:]
+            assert len(said) == len(DIMENSIONS) and all(any(s == f"{v} {d}" for d, v in own) for s in said)
+    rows = pd.read_parquet(tmp_path/"agents.parquet")
+    record = png_record(BytesIO(rows.jpg_0[0]))
+    assert record["generated"] and record["model"] == "a generator"

@@ -78,8 +78,8 @@ class HistoryRules:
     least_liked: int = 11 # different liked pictures a user needs (appendix C)
     pairs: int = 8 # of a history (appendix C)
     rivals: int = 3 # of a liked picture in a top-k case (Table 1: one of four)
-    test_users: float = 0.15 # share of users that training never sees; the paper's numbers are lost
-    valid_users: float = 0.05 # and of those that choose a checkpoint
+    test_users: float = 0.15 # share of users that training never sees; the paper's numbers are missing from the text that we had
+    valid_users: float = 0.05 # and of those that are kept to choose settings
     held: float = 0.2 # of a training user: the share of prompts, the latest, that are questions
     seed: int = 42
 

@@ -37,7 +37,7 @@ KINDS = {
     "text": Kind("Is the alignment of the image with the text correct?", "Only the text counts, not beauty.", False),
     "overall": Kind("All in all, which image do you prefer?", "First, does it show what the text says? Then, is it the thing of the given image? Then, does it look natural?", True),
     "pick": Kind("Which of these images would the same person like best?", "Above are images that one person liked and did not like.", True),
-    "side": Kind("Which of the two images suits this person better?", "Above are images that one person liked and did not like.", True)} # (i) to (iii): InstructBooth, appendix E
+    "side": Kind("Which of the two images suits this person better?", "Above are images that one person liked and did not like.", True)} # (i) to (iii): InstructBooth, appendix E; the question of (iii) in our words, and "given image" is all of the subject's
 
 @dataclass(frozen=True)
 class Question:

@@ -268,6 +268,8 @@ def write_agents(
     agents: list[Agent],
     pairs: int = 24, # a liked and a disliked picture each, of an agent
     seed: int = 5,
+    draw=None, # (prompts, seed) -> pictures [B, 3, H, W] in [0, 1], for agents of DIMENSIONS; None = the pocket world's brush
+    model: str = "unnamed", # who draws, for the pictures' records
 ) -> list[dict]: # the agents' profiles, as plain lists
     "Agents' liked and disliked pictures in Pick-a-Pic's format: agents are its users."
     start, names = pd.Timestamp("2024-01-01"), list(load_sprites())
@@ -276,8 +278,10 @@ def write_agents(
             rng, rows = np.random.default_rng(derive_seed(seed, "agent", number)), []
             for k in range(pairs):
                 main = names[rng.integers(len(names))]
-                images = pixels([agent_scene(main, own, rng) for own in (agent.likes, agent.dislikes)])
-                shown = [(f"agent{number:02d}-{k:03d}-{sign}", _png(x)) for sign, x in zip("+-", images)]
+                s, said = derive_seed(seed, "agent's pictures", number, k), [agent_prompt(with_article(main), own, rng) for own in (agent.likes, agent.dislikes)] if draw else []
+                images = draw(said, s) if draw else pixels([agent_scene(main, own, rng) for own in (agent.likes, agent.dislikes)])
+                files = [_png(x, draw and made_by(model, derive_seed(s, "picture", i), said[i])) for i, x in enumerate(images)]
+                shown = [(f"agent{number:02d}-{k:03d}-{sign}", f) for sign, f in zip("+-", files)]
                 label = float(rng.random() < 0.5)
                 rows.append(choice_row(number, f"{with_article(main)}, number {k}", *(shown if label else shown[::-1]), label, start + pd.Timedelta(minutes=k), 1000 * number + k))
             out.write_table(pa.Table.from_pylist(rows, schema=FIELDS))

@@ -107,7 +107,7 @@ def score(
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #3785865f
 @dataclass(frozen=True)
 class DDPOConfig(TuningConfig):
-    "How to train. Epochs, samples, batch and learning rate are BOIG's; the paper does not give the others, they are those of DDPO's code."
+    "How to train. Epochs, samples, batch and learning rate are BOIG's, from its second author's thesis (the paper gives none); the others are those of DDPO's code."
     epochs: int = 100
     samples: int = 64 # pictures of an epoch
     batch_size: int = 8 # pictures of one update, those of all processes together
@@ -275,11 +275,11 @@ def collect(
                 texts = [prompts[k] for k in part]
                 paths, bad = mend(draw_batch(run, texts, part, epoch, c.keep_graph and u == first))
                 call = (score, reward, paths.images, texts, context)
-                asked.append((part, bad, thread.submit(*call).result if thread else lambda answer=call[0](*call[1:]): answer))
+                asked.append((part, bad, thread.submit(*call) if thread else call[0](*call[1:])))
                 updates[-1].append((part, replace(paths, images=paths.images[:0].clone())))
         rewards, problem = torch.zeros(c.samples), ""
         for part, bad, answer in asked:
-            r, wrong = answer()
+            r, wrong = answer.result() if thread else answer
             rewards[part] = r.masked_fill(bad, torch.nan)
             problem = problem or wrong or ("the path ran into NaN or infinity" if bad.any() else "")
     rewards = a.reduce(rewards.to(run.device)).cpu()

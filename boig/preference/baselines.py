@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil
 
 from ..behaviour.incontext import Server
 from ..benches.pickapic import HistoryRules, build_histories
-from ..benches.tastes import POCKET_DIMENSIONS, make_agents, write_agents
+from ..benches.tastes import make_agents, write_agents
 from ..core import BoigError, derive_seed, get_device
 from ..perception.pixels import by_size
 from ..pocket.judges import choice_loss
@@ -107,11 +107,13 @@ def viper_data(
     agents: int = 5000, # Salehi et al. 2024
     pairs: int = 24, # a liked and a disliked picture each, of an agent
     seed: int = 0,
+    kind=None, # of `make_agents`: dimensions, each; None = the pocket world's
+    **drawing, # of `write_agents`: draw, model
 ) -> Histories:
     "Agents' pictures, all for training."
     folder = Path(folder)
     if not (folder/"histories"/"cases.parquet").is_file():
-        write_agents(folder/"choices.parquet", make_agents(POCKET_DIMENSIONS, agents, apart=0.0, seed=derive_seed(seed, "viper")), pairs, derive_seed(seed, "viper pictures"))
+        write_agents(folder/"choices.parquet", make_agents(**(kind or {}), n=agents, apart=0.0, seed=derive_seed(seed, "viper")), pairs, derive_seed(seed, "viper pictures"), **drawing)
         build_histories(folder/"choices.parquet", folder/"histories", HistoryRules(least_liked=min(11, pairs), pairs=min(8, pairs - 1), test_users=0, valid_users=0, held=0), threads=1)
     return Histories(folder/"histories")
 

@@ -64,7 +64,7 @@ def contrastive_loss(
 @dataclass(frozen=True)
 class LossConfig:
     "Which loss; the paper's by default."
-    base: str = "vocabulary" # eq. 5; or "binary": over the two tokens alone
+    base: str = "vocabulary" # the authors' code (the paper: "a classification loss", eq. 5); or "binary": over the two tokens alone
     contrast: str = "across" # eq. 7; "within" (appendix B's claim), "margin" (Bradley-Terry), "none" (Table 5's base loss)
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0) # of L_base, L⁺ and L⁻ (eq. 8: all 1)
 

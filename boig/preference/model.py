@@ -53,10 +53,10 @@ class PreferenceConfig:
     tokens: int = 0 # N learnable preference tokens: 0 in stage 1, then 10 (Table 6: 5, 10 or 20)
     captions: bool = True # the template names each picture's prompt (appendix C); ViPer's does not
     cut: str = "tokens" # what `length` counts: "tokens" (appendix C) or "characters" (the authors' code)
-    length: int = 100 # of a prompt (facts of the code; the paper's number is lost)
+    length: int = 100 # of a prompt (facts of the code; missing from the text that we had)
     ending: str = "" # after "Assistant:"; the authors evaluate with " ", and train without
     attend_padding: bool = False # True: padding is read like text, as in the authors' second stage
-    resize: int = 0 # side of a square that pictures are first resized to; appendix C: 512; 0 = at once to the model's size
+    resize: int = 0 # side of a square that pictures are first resized to; the authors' code: 512; 0 = at once to the model's size
     side: int = 0 # of the square that the model sees; 0 = its processor's longest edge; the authors set 448, where IDEFICS2's processor says 980
 
     def __post_init__(self):

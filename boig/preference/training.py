@@ -81,15 +81,15 @@ def same_prompt(data: Histories, target: int, most: int, rng: np.random.Generato
 @dataclass(frozen=True)
 class TrainConfig:
     "A stage of the training; the paper's by default, where the paper or its code says something."
-    steps: int = 5000 # stage 1, by the name of the authors' checkpoint; the paper's number is lost
+    steps: int = 5000 # stage 1, by the name of the authors' checkpoint; missing from the text that we had
     batch: int = 8 # histories a step: 2 × 4 accumulated (facts of the code), on each GPU
     micro: int = 2 # histories at once
     targets: int = 1 # pairs asked about after each history, at most: choices of one prompt (ours); the paper asks about one
     lr: float = 1e-5
-    muon_lr: float = 0.0 # of matrices, by Muon (ours); 0 = AdamW for all, as the paper
+    muon_lr: float = 0.0 # of matrices, by Muon (ours); 0 = AdamW for all, as the authors' code
     token_lr: float = 0.0 # of the preference tokens; 0 = lr
-    warmup: int = 0 # steps; the paper has none
-    end: float = 1.0 # learning rate of the last step as a share of `lr`; it falls in a straight line
+    warmup: int = 0 # steps; the authors' code has none
+    end: float = 1.0 # learning rate of the last step as a share of `lr`; it falls in a straight line; the authors' code: 0 in stage 1
     weight_decay: float = 0.01
     clip: float = 1.0 # longest gradient
     pairs: int = 8 # of a history (appendix C)
