@@ -209,7 +209,7 @@ def last_checkpoint(run_dir) -> Path | None:
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #253cb1ee
 def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device) -> TrainingArguments:
-    "The paper's schedule (appendix A.2) as transformers' arguments."
+    "The paper's schedule (appendix A.2) as transformers' arguments; its 'warmup learning rate scheduler: cosine' is read as a linear warm-up, then a cosine to 0."
     kind, processes = get_device(device).type, int(os.environ.get("WORLD_SIZE", 1))
     at_once, rest = divmod(batch_size, processes * accumulation)
     if rest: raise BoigError(f"A batch of {batch_size} rows cannot be cut into {processes} processes × {accumulation} parts. Change batch_size or accumulation.")
