@@ -86,7 +86,7 @@ def hand():
     found = [{d.name for d in ds} for ds in detect(load_detector("pocket-detector"), decode(table.image))]
     seen = [m in f for m, f in zip(table.main, found)]
     readers = table.filter(like="reader")
-    return {"n": len(table), "shown_by_hand": float(table.shown.mean()), "world_shown_by_each": table.filter(like="world").mean().tolist(), "shown_by_each": readers.mean().tolist(), "shown_by_detector": sum(seen) / len(seen),
+    return {"n": len(table), "shown_by_hand": float(table.shown.mean()), "world_shown_by_each": table.filter(like="world").mean().tolist(), "vae_shown_by_each": table.filter(like="vae").mean().tolist(), "shown_by_each": readers.mean().tolist(), "shown_by_detector": sum(seen) / len(seen),
             "two_readers_agree": statistics.mean(float((readers[a] == readers[b]).mean()) for a, b in combinations(readers, 2)),
             "detector_agrees": float((table.shown == seen).mean()), "detector_agrees_with_each": [float((r == seen).mean()) for _, r in readers.items()], "of_these_weights": bool((table.weights == sha256_tree(resolve("pocket-sd"))).all())}
 
