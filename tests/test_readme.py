@@ -78,3 +78,9 @@ def test_every_interval_in_the_findings_stands_in_a_shipped_table():
     said = re.findall(rf"{number}(?: %)?(?:, | \(){number} to {number}", README + "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown"))
     def near(column, text): return np.abs(column - float(text)) <= 0.501 * 10.0 ** -len(text.partition(".")[2])
     assert len(said) > 30 and not [x for x in said if not (near(known[:, 0], x[0]) & near(known[:, 1], x[1]) & near(known[:, 2], x[2])).any()]
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for notebook in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        text = "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        for link in re.findall(r"\]\(((?!http)[^)#\s]+)\)", text): assert (notebook.parent/link).exists(), (notebook.name, link)
