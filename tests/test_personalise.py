@@ -15,7 +15,8 @@ from boig.core import BoigError
 from boig.diffusion.ddpo import DDPOConfig, reward_plan
 from boig.diffusion.pipeline import draw
 from boig.diffusion.sampler import sample
-from boig.personalise.base import (Subject, add_word, check_words, class_pictures, denoising_loss, encode, load_subject, noised, pick, picture_size, rare_words, read_pictures, speaking,
+from boig.diffusion.sft import noisy
+from boig.personalise.base import (Subject, add_word, check_words, class_pictures, denoising_loss, encode, load_subject, pick, picture_size, rare_words, read_pictures, speaking,
                                    whole_words, with_prior)
 from boig.personalise.custom_diffusion import CustomDiffusionConfig, custom_attention, load_custom_diffusion, train_custom_diffusion
 from boig.personalise.dreambooth import DreamBoothConfig, load_dreambooth, train_dreambooth
@@ -139,17 +140,17 @@ def test_target_is_what_the_sampler_understands(kind):
     scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     z, noise = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([999, 999, 999])
-    z_t, target = noised(scheduler, z, noise, t)
+    z_t, target = noisy(scheduler, z, noise, t)
     assert torch.allclose(z_t, scheduler.add_noise(z, noise, t), atol=1e-6)
     scheduler.set_timesteps(1)
     assert torch.allclose(scheduler.step(target, 999, z_t).prev_sample, z, atol=2e-3 if kind == "epsilon" else 1e-5)
-    assert torch.equal(noised(PNDMScheduler(prediction_type="epsilon"), z, noise, t)[1], noise)
+    assert torch.equal(noisy(PNDMScheduler(prediction_type="epsilon"), z, noise, t)[1], noise)
 
 
 def test_unknown_prediction_type():
     scheduler = DDIMScheduler()
     scheduler.register_to_config(prediction_type="flow")
-    with pytest.raises(BoigError, match="flow"): noised(scheduler, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([1]))
+    with pytest.raises(BoigError, match="flow"): noisy(scheduler, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([1]))
 
 
 def test_prior_preservation_by_hand():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'Subject', 'whole_words', 'rare_words', 'check_words', 'picture_size', 'read_pictures', 'class_pictures',
-           'noised', 'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'prepare',
-           'learn', 'add_word', 'check_fresh', 'speaking', 'save_word', 'save_subject', 'load_subject']
+           'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'prepare', 'learn',
+           'add_word', 'check_fresh', 'speaking', 'save_word', 'save_subject', 'load_subject']
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #963e8f8a
 import json
@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 
 from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, fingerprint, write_json
+from ..diffusion import sft
 from ..diffusion.pipeline import as_png, draw
-from ..diffusion.sampler import PREDICTIONS
+from ..diffusion.sft import latent_gaussians
 from ..diffusion.tuning import Tuning, TuningConfig, check_folder, check_positive, load_run, save_run, step
 from ..perception.pixels import Preprocess, check_pictures, to_tensor
 
@@ -122,20 +123,6 @@ def class_pictures(
             with atomic_path(path) as tmp: tmp.write_bytes(as_png(x, pipe, prompt, derive_seed(seed, "class", k), i))
     return read_pictures(names, size, 1)
 
-# %% ../../nbs/80_personalise/80_personalise.ipynb #2fe3a066
-def noised(
-    scheduler, # any of diffusers with ᾱ
-    z: torch.Tensor, # [B, C, h, w]: z_0
-    noise: torch.Tensor, # [B, C, h, w]: ε
-    t: torch.Tensor, # int64 [B] in [0, T)
-) -> tuple[torch.Tensor, torch.Tensor]: # z_t, and what the denoiser should say of it
-    "A latent at time t and its target, of the kind that the scheduler names."
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS or not hasattr(scheduler, "alphas_cumprod"): raise BoigError(f"{type(scheduler).__name__} with prediction_type '{kind}' is not a schedule that can be trained on here.")
-    ᾱ = scheduler.alphas_cumprod.to(z.device, z.dtype)[t].view(-1, 1, 1, 1)
-    target = {"epsilon": noise, "sample": z, "v_prediction": ᾱ.sqrt() * noise - (1 - ᾱ).sqrt() * z}[kind]
-    return ᾱ.sqrt() * z + (1 - ᾱ).sqrt() * noise, target
-
 # %% ../../nbs/80_personalise/80_personalise.ipynb #da9dd30e
 @torch.no_grad()
 def encode(
@@ -143,11 +130,7 @@ def encode(
     pictures: torch.Tensor, # [N, 3, H, W] in [0, 1]
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean and deviation of the latents, [N, C, h, w] float32 each
     "Pictures as the denoiser knows them."
-    parts = []
-    for x in pictures.split(8):
-        code = pipe.vae.encode((2 * x - 1).to(pipe.device, pipe.vae.dtype))
-        parts.append((code.latent_dist.mean, code.latent_dist.std) if hasattr(code, "latent_dist") else (code.latents, torch.zeros_like(code.latents)))
-    return tuple(torch.cat(p).float() * pipe.vae.config.scaling_factor for p in zip(*parts))
+    return tuple(map(torch.cat, zip(*(latent_gaussians(pipe, x) for x in pictures.split(8)))))
 
 def pick(
     latents: tuple[torch.Tensor, torch.Tensor], # of `encode`
@@ -168,9 +151,7 @@ def denoising_loss(
 ) -> torch.Tensor: # [B]: each picture's mean squared error
     "Eq. 1 at one time for each picture, uniform in 0 … T - 1."
     t = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(z),), generator=g).to(z.device)
-    z_t, target = noised(pipe.scheduler, z, torch.randn(z.shape, generator=g).to(z.device), t)
-    said = pipe.unet(z_t.to(pipe.unet.dtype), t, encoder_hidden_states=states.to(pipe.unet.dtype)).sample
-    return (said.float() - target).square().mean(dim=(1, 2, 3))
+    return sft.denoising_loss(pipe.unet, pipe.scheduler, z, torch.randn(z.shape, generator=g).to(z.device), t, states)
 
 def with_prior(
     losses: torch.Tensor, # [n + m]: n pictures of the subject, then m of its class
