@@ -241,6 +241,7 @@ def compare_subject(
     tables = {"reference": given_rows(s.pictures, s.noun)} | {m: table(m) for m in ("base", *methods)}
     return pd.concat([t.assign(protocol=protocol.name, subject=name, noun=s.noun, method=m) for m, t in tables.items()], ignore_index=True)
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #1f435756
 @torch.no_grad()
 def word_losses(
     lesson: Lesson,
