@@ -260,7 +260,7 @@ def bench_fast(a) -> dict:
         if kept.exists():
             rows.append(json.loads(kept.read_text()))
             continue
-        recipes = {"standard": DDPOConfig(epochs=a.epochs, seed=seed, **common), "fast": DDPOConfig.fast(epochs=a.fast_epochs, seed=seed, **common | {"steps": a.fast_path or a.path, "window": a.window, "reach": a.reach})}
+        recipes = {"standard": DDPOConfig(epochs=a.epochs, seed=seed, **common), "fast": DDPOConfig.fast(epochs=a.fast_epochs, seed=seed, **common | {"steps": a.fast_path or a.path, "window": a.window, "reach": a.reach, "lr": a.fast_lr or a.lr})}
         asked = recipes["standard"]
         target, row = None, {"seed": seed}
         for name, config in recipes.items():
@@ -297,6 +297,7 @@ def main():
     add("--micro-steps", type=int, default=1, help="trl: steps of a path in one pass of ours; TRL takes one"); add("--repeats", type=int, default=7, help="trl: measurements of each")
     add("--folder", default="", help="fast: of the runs; needed to go on after a stop"); add("--seeds", type=int, default=3); add("--epochs", type=int, default=20, help="of the standard recipe")
     add("--fast-epochs", type=int, default=40, help="at most, of the fast one"); add("--samples", type=int, default=64, help="pictures of an epoch"); add("--path", type=int, default=20, help="steps of a path")
+    add("--fast-lr", type=float, default=0, help="learning rate of the fast recipe; 0: --lr")
     add("--fast-path", type=int, default=0, help="of the fast recipe's training; 0: --path")
     add("--window", type=int, default=2); add("--reach", type=float, default=1.0); add("--lr", type=float, default=3e-4); add("--rank", type=int, default=8)
     add("--validation", type=int, default=512, help="pictures for the distance"); add("--watched", type=int, default=64, help="of them, asked after each epoch")
