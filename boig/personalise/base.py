@@ -25,7 +25,6 @@ from ..benches.subjects import fill_prompt
 from ..core import BoigError, atomic_path, derive_seed, fingerprint, write_json
 from ..diffusion import sft
 from ..diffusion.pipeline import as_png, draw
-from ..diffusion.sft import latent_gaussians
 from ..diffusion.tuning import Tuning, TuningConfig, check_folder, check_positive, load_run, save_run, step
 from ..perception.pixels import Preprocess, check_pictures, to_tensor
 
@@ -130,7 +129,7 @@ def encode(
     pictures: torch.Tensor, # [N, 3, H, W] in [0, 1]
 ) -> tuple[torch.Tensor, torch.Tensor]: # mean and deviation of the latents, [N, C, h, w] float32 each
     "Pictures as the denoiser knows them."
-    return tuple(map(torch.cat, zip(*(latent_gaussians(pipe, x) for x in pictures.split(8)))))
+    return tuple(map(torch.cat, zip(*(sft.latent_gaussians(pipe, x) for x in pictures.split(8)))))
 
 def pick(
     latents: tuple[torch.Tensor, torch.Tensor], # of `encode`
