@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, CLIPTokenizer
 
 from boig.behaviour.finetune import load_llm
@@ -39,8 +39,8 @@ RESULTS = Path(__file__).parent/"results"/"zoo.json"
 
 def vae(n=512):
     "Reconstruction of held-out scenes against the same number of principal components."
-    model, x = AutoencoderTiny.from_pretrained(resolve("pocket-vae")), pixels(samples(n, 1, "bench vae", unseen=True)[0])
-    with torch.no_grad(): y = model.decode(model.encode(normalize(x)).latents).sample.add(1).div(2).clamp(0, 1)
+    model, x = AutoencoderKL.from_pretrained(resolve("pocket-vae")), pixels(samples(n, 1, "bench vae", unseen=True)[0])
+    with torch.no_grad(): y = model.decode(model.encode(normalize(x)).latent_dist.mean).sample.add(1).div(2).clamp(0, 1)
     pca = patch_pca(pixels(samples(2000, 2, "bench vae")[0]), x, model.config.latent_channels)
     return {"n": n, "psnr_db": psnr(x, y).mean().item(), "patch_pca_psnr_db": psnr(x, pca.clamp(0, 1)).mean().item()}
 

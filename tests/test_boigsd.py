@@ -113,6 +113,12 @@ def test_assess_asks_each_benchmarks_own_model(both, rewards):
     with pytest.raises(BoigError, match="no reward for 'pocket_boigbench'"): assess(x, rows, {"pocket_stock": rewards["pocket_stock"]})
 
 
+def test_in_season_is_what_shows_something_of_the_requests_month(both, rewards, monkeypatch):
+    for r in rewards.values(): monkeypatch.setattr(r, "verbalizer", lambda images: [Verbalization({"Red": 1.0}, {"warm": 1.0, "neutral": 0, "cool": 0}, {thing: (10, 10, 50, 50)}) for thing in ("Christmas tree", "shoe", "Christmas tree")][:len(images)])
+    at = both[both.bench == "pocket_boigbench"].iloc[[0, 1]], both[both.bench == "pocket_stock"].iloc[:1] # of 24 December; of 4 March
+    assert assess(pictures(3), pd.concat(at), rewards).in_season.tolist() == [1, 0, 0]
+
+
 def test_reward_by_prompt(both, rewards):
     rows, x = pick(both, "train", 1), pictures(3)
     reward = PromptReward(rewards, rows)

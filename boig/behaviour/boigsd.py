@@ -27,7 +27,7 @@ from .reward import BoigReward, load_boig
 from ..benches.instructions import SPECS, desired
 from ..core import BoigError, atomic_path, closest, derive_seed, digest, fingerprint
 from ..data.verbalization import Verbalization, parse
-from ..data.world import Context, accounts, expected
+from ..data.world import Context, accounts, expected, load_sprites
 from ..diffusion.pipeline import as_png, draw, load_pipeline
 from ..diffusion.sampler import sample, step_policy, to_ddim
 from ..metrics.fid import FeatureStatistics, distance, frechet_distance
@@ -115,7 +115,7 @@ def assess(
     asked: pd.DataFrame, # B requests
     rewards: dict[str, BoigReward], # by benchmark
     judges: dict | None = None, # column -> Reward that is only reported
-) -> pd.DataFrame: # a row a picture: reward, tokens, objects, mean_prob, mean_logprob, oracle, and a column a judge
+) -> pd.DataFrame: # a row a picture: reward, tokens, objects, mean_prob, mean_logprob, oracle, in_season, and a column a judge
     "Rewards, what they are made of, and what others say."
     if len(images) != len(asked): raise BoigError(f"{len(images)} pictures need as many requests, not {len(asked)}.")
     if lost := set(asked.bench) - set(rewards): raise BoigError(f"There is no reward for '{sorted(lost)[0]}'; there are: {', '.join(rewards)}.")
@@ -125,7 +125,9 @@ def assess(
         told = rewards[bench].explain(images[at], list(asked.prompt.iloc[at]), list(asked.context.iloc[at]))
         for c in told: out.loc[at, c] = told[c].to_numpy()
     size = (images.shape[3], images.shape[2])
-    out["oracle"] = [oracle(parse(t).value, r, size) for t, r in zip(out.pop("text"), asked.itertuples())]
+    seen = [parse(t).value for t in out.pop("text")]
+    out["oracle"] = [oracle(v, r, size) for v, r in zip(seen, asked.itertuples())]
+    out["in_season"] = [float(any(date.month in load_sprites()[o].months for o in v.objects if o in load_sprites())) for v, date in zip(seen, asked.date)]
     for name, judge in (judges or {}).items(): out[name] = judge(images, list(asked.prompt)).cpu().numpy()
     return out
 
@@ -252,17 +254,18 @@ def look(
 ) -> dict[str, float]: # means of each set as <set>_<column>, and kl
     "Look at a model, or read what was seen of the same one in the same way."
     file, what = watch.folder/"looks"/f"{done:05d}.parquet", watch.what(pipe)
-    if not file.is_file() or pd.read_parquet(file).get("look", pd.Series([""]))[0] != what:
+    kept = pd.read_parquet(file) if file.is_file() else pd.DataFrame({"look": [""]})
+    if kept.look[0] != what:
         table = pd.concat([_one_set(watch, pipe, name) for name in watch.sets], ignore_index=True).assign(done=done, look=what)
         prompts = list(dict.fromkeys(next(iter(watch.sets.values()))[0].prompt))[:watch.paths]
         seeds = [derive_seed(watch.seed, "path", i) for i in range(len(prompts))]
         table["kl"] = divergence(pipe, watch.base, prompts, seeds, watch.sampling["num_inference_steps"], watch.sampling["guidance_scale"])
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as tmp: table.to_parquet(tmp, index=False)
-    table = pd.read_parquet(file)
-    numbers = [c for c in table.select_dtypes("number") if c not in ("done", "kl")]
-    means = {f"{name}_{c}": float(v) for name, part in table.groupby("set", sort=False) for c, v in part[numbers].mean().items()}
-    return means | {"kl": float(table.kl[0])}
+        kept = pd.read_parquet(file)
+    numbers = [c for c in kept.select_dtypes("number") if c not in ("done", "kl")]
+    means = {f"{name}_{c}": float(v) for name, part in kept.groupby("set", sort=False) for c, v in part[numbers].mean().items()}
+    return means | {"kl": float(kept.kl[0])}
 
 def all_looks(folder) -> pd.DataFrame: # a row a picture; `done` says when
     "All looks of a run."
@@ -297,7 +300,7 @@ def load_tuned(
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #4ee677e6
 SHOWN = {"Reward": "reward", "Aesthetic Score": "aesthetic", "CLIP Score": "clip", "Oracle log KPI": "oracle",
-         "Mean token probability": "mean_prob", "Tokens": "tokens", "Objects": "objects"} # column of the table -> of `assess`
+         "Mean token probability": "mean_prob", "Tokens": "tokens", "Objects": "objects", "In season": "in_season"} # column of the table -> of `assess`
 
 def cells(assessed: pd.DataFrame): # yields (benchmark, KPI bucket, which rows)
     "The cells of a model, in the paper's order; 'All' is every bucket of a benchmark."

@@ -21,7 +21,7 @@ from ..zoo import entries, resolve
 # %% ../../nbs/50_diffusion/50_pipeline.ipynb #c6d42411
 @contextmanager
 def _quiet():
-    "Without what diffusers says of any autoencoder of the class `AutoencoderTiny`, and of its progress."
+    "Without diffusers' remarks on every model it loads, and without its progress."
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
     try: yield

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL
 
 from ..core import derive_seed
 from ..data.world import load_sprites
@@ -96,14 +96,14 @@ def soften(
 
 # %% ../../nbs/20_zoo/24_detector.ipynb #7dc7e44b
 def round_trip(
-    vae: AutoencoderTiny,
+    vae: AutoencoderKL,
     images: torch.Tensor, # [B, 3, S, S] in [0, 1]
     generator: torch.Generator,
     most: float = 0.3, # noise on the latents, up to this many of their standard deviations
 ) -> torch.Tensor: # same shape and range
     "Pictures as they come back from an autoencoder that was not hit exactly."
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays()):
-        z = vae.encode(normalize(images)).latents.float()
+        z = vae.encode(normalize(images)).latent_dist.mean.float()
         z = z + most / vae.config.scaling_factor * torch.rand(len(z), 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
         return (vae.decode(z).sample.float() / 2 + 0.5).clamp(0, 1)
 
@@ -117,7 +117,7 @@ def train_detector(
     r = recipe(name) | changes
     torch.manual_seed(r["seed"])
     model, part = make_detector(load_sprites(), widths=r["widths"], blocks=r["blocks"]), r["batch_size"] // 4
-    vae = AutoencoderTiny.from_pretrained(resolve(r["vae"]), torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(resolve(r["vae"]), torch_dtype=torch.float32)
     def batch(i):
         scenes, generator = samples(r["batch_size"], r["seed"], name, i)[0], torch.Generator().manual_seed(derive_seed(r["seed"], "spoil", i))
         images = pixels(scenes)

@@ -7,14 +7,16 @@ __all__ = ['make_scheduler', 'make_unet', 'noise_times', 'velocity_loss', 'pictu
            'assemble']
 
 # %% ../../nbs/20_zoo/24_sd.ipynb #624aeb1e
+from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import pixels, quarters, samples, tidy
+from ..core import derive_seed
+from .captions import pixels, quarters, samples
 from .clip import normalize
 from .training import bf16_pays, fit, recipe, save_log
 from ..data.world import caption
@@ -30,7 +32,7 @@ def make_scheduler() -> DDIMScheduler:
 def make_unet(
     channels=(96, 128), # at 8×8 and 4×4
     text_width: int = 128, # of the text tower's states
-    latent_channels: int = 16,
+    latent_channels: int = 24,
 ) -> UNet2DConditionModel:
     "A denoiser of 8×8 latents with random weights."
     return UNet2DConditionModel(sample_size=8, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=tuple(channels), layers_per_block=1,
@@ -62,11 +64,11 @@ def velocity_loss(
 # %% ../../nbs/20_zoo/24_sd.ipynb #c2fbed79
 @torch.no_grad()
 def picture_latents(
-    vae: AutoencoderTiny,
+    vae: AutoencoderKL,
     images: torch.Tensor, # [B, 3, H, W] in [0, 1]
 ) -> torch.Tensor: # [B, C, H/8, W/8] float32, unit variance
     "Pictures as the denoiser knows them."
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16_pays()): z = vae.encode(normalize(images)).latents
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16_pays()): z = vae.encode(normalize(images)).latent_dist.mean
     return z.float() * vae.config.scaling_factor
 
 @torch.no_grad()
@@ -86,18 +88,20 @@ def train_sd(
 ) -> StableDiffusionPipeline:
     "Train (or go on training) the denoiser and save the whole pipeline in half precision."
     r = recipe(name) | changes
-    vae = AutoencoderTiny.from_pretrained(resolve(r["vae"]))
+    vae = AutoencoderKL.from_pretrained(resolve(r["vae"]), torch_dtype=torch.float32)
     tower, tokenizer = CLIPTextModel.from_pretrained(resolve(r["clip"]), dtype=torch.float32), CLIPTokenizer.from_pretrained(resolve(r["clip"]))
     torch.manual_seed(r["seed"])
     unet, scheduler = make_unet(r["channels"], tower.config.hidden_size, vae.config.latent_channels), make_scheduler()
     unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU and 64 places they train 1.5 times as fast as fused attention
-    def batch(i):
-        scenes, texts = samples(r["batch_size"], r["seed"], name, i)
-        texts = [caption(s) if torch.rand(()) < r["full"] else t for s, t in zip(scenes, texts)]
-        texts = ["" if torch.rand(()) < r["empty"] else t for t in texts]
-        return picture_latents(vae, pixels(map(tidy if i < r["large"] else quarters, scenes))), text_states(tokenizer, tower, texts)
+    @cache
+    def made(k):
+        scenes, texts = samples(r["batch_size"], r["seed"], name, k)
+        chance = torch.rand(2, len(texts), generator=torch.Generator().manual_seed(derive_seed(r["seed"], "texts", k)))
+        texts = [caption(s) if c < r["full"] else t for s, t, c in zip(scenes, texts, chance[0])]
+        texts = ["" if c < r["empty"] else t for t, c in zip(texts, chance[1])]
+        return picture_latents(vae, pixels(map(quarters, scenes))), text_states(tokenizer, tower, texts)
     def loss(unet, data): return velocity_loss(unet, scheduler, *data)
-    log = fit(unet, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], hold=r["hold"])
+    log = fit(unet, lambda i: made(i % r["batches"]), loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], hold=r["hold"])
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)
     pipe.to(torch.float16).save_pretrained(folder)
     save_log(log, folder)
