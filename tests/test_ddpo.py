@@ -20,6 +20,7 @@ from test_sampler import tiny
 from boig.core import BoigError
 from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, draw_batch, epoch_prompts, path_loss, score, standardize,
                                  train_ddpo, window_eta)
+from boig.diffusion.pipeline import load_pipeline
 from boig.diffusion.sampler import log_prob, make_steps, sample, step_policy
 from boig.pocket.sd import make_scheduler
 
@@ -211,7 +212,7 @@ def test_the_ratio_starts_at_one(tmp_path, precision, lora):
     assert weights(pipe).isfinite().all() and pipe.unet.dtype == torch.float32
 
 
-def test_the_adapter_is_loaded_by_diffusers(tmp_path):
+def test_the_adapter_is_loaded_by_diffusers_and_by_name(tmp_path):
     pipe, log = train(tmp_path, dataclasses.replace(SMALL, lora_rank=2, kl=0.1))
     assert log.kl.iloc[0] >= 0 and log.kl.iloc[1] > 0
     fresh = tiny()
@@ -220,6 +221,12 @@ def test_the_adapter_is_loaded_by_diffusers(tmp_path):
     mine, theirs = (sample(p, PROMPTS, [1, 2, 3], steps=3).images for p in (pipe, fresh))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
     assert (mine - untouched).abs().max() > 1e-4
+    tiny().save_pretrained(tmp_path/"base")
+    added = load_pipeline(str(tmp_path/"adapter"), "cpu", base=str(tmp_path/"base"))
+    torch.testing.assert_close(sample(added, PROMPTS, [1, 2, 3], steps=3).images, theirs, rtol=0, atol=1e-5)
+    assert [n for n, _ in added.unet.named_parameters()] == [n for n, _ in tiny().unet.named_parameters()]
+    with pytest.raises(BoigError, match="which pipeline they belong to"): load_pipeline(str(tmp_path/"adapter"), "cpu")
+    with pytest.raises(BoigError, match="no pipeline"): load_pipeline(str(tmp_path), "cpu")
     with pytest.raises(BoigError, match="load a fresh one"): train(tmp_path/"b", dataclasses.replace(SMALL, lora_rank=2), pipe)
 
 

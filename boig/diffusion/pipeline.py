@@ -12,7 +12,8 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import logging
 
 from ..core import BoigError, atomic_path, derive_seed, get_device, made_by, png_record, save_png
@@ -29,31 +30,34 @@ def _quiet():
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
 
-def _open(path: Path, dtype: torch.dtype, **parts) -> DiffusionPipeline:
+def _open(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     "The pipeline in a folder; Stable Diffusion without its safety checker."
     kind = json.loads((path/"model_index.json").read_text(encoding="utf-8")).get("_class_name")
     bare = dict(safety_checker=None, requires_safety_checker=False) if kind == "StableDiffusionPipeline" else {}
-    return DiffusionPipeline.from_pretrained(path, dtype=dtype, **bare, **parts)
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype, **bare)
 
 def _assembled(path: Path, base: str, dtype: torch.dtype) -> DiffusionPipeline:
-    "The pipeline of a folder that holds it, or only the denoiser of another one."
+    "The pipeline of a folder that holds it, or LoRA weights of another one."
     if (path/"model_index.json").is_file(): return _open(path, dtype)
-    if not (path/"unet").is_dir(): raise BoigError(f"{path} holds no pipeline (no model_index.json) and no unet.")
-    if not base: raise BoigError(f"{path} holds only a denoiser; say which pipeline it belongs to: base='pocket-sd'.")
-    parts = dict(unet=UNet2DConditionModel.from_pretrained(path/"unet", torch_dtype=dtype), scheduler=DDIMScheduler.from_pretrained(path/"scheduler"))
-    return _open(resolve(base), dtype, **parts)
+    if not (path/LORA_WEIGHT_NAME_SAFE).is_file(): raise BoigError(f"{path} holds no pipeline (no model_index.json) and no LoRA weights ({LORA_WEIGHT_NAME_SAFE}).")
+    if not base: raise BoigError(f"{path} holds only LoRA weights; say which pipeline they belong to: base='pocket-sd'.")
+    pipe = _open(resolve(base), dtype)
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe
 
 def load_pipeline(
     ref: str, # zoo name, local folder or hub id
     device: str = "auto",
-    base: str = "", # of a folder that holds only `unet` and `scheduler`: the pipeline they belong to; a zoo name knows its own
+    base: str = "", # of a folder of LoRA weights: the pipeline they belong to; a zoo name knows its own
     dtype: torch.dtype = torch.float32, # of weights and arithmetic
 ) -> DiffusionPipeline: # quiet, without a safety checker
     "A text-to-image pipeline; BoigError if the folder holds none."
     path, entry = resolve(ref), entries().get(ref)
     with _quiet() if entry and entry.kind == "packaged" else nullcontext(): pipe = _assembled(path, base or (entry.base if entry else ""), dtype)
     pipe.set_progress_bar_config(disable=True)
-    pipe.register_to_config(_name_or_path=str(ref)) # what its pictures' records call it: neither the base of a student, nor a folder of the hub's cache
+    pipe.register_to_config(_name_or_path=str(ref)) # what its pictures' records call it: neither the base of LoRA weights, nor a folder of the hub's cache
     return pipe.to(get_device(device))
 
 def sampling(ref: str) -> dict: # num_inference_steps, guidance_scale

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 
 from .captions import pixels, quarters, samples
 from .sd import picture_latents, text_states
@@ -66,14 +68,17 @@ def distillation_loss(student, scheduler: DDIMScheduler, x, times, target, state
 # %% ../../nbs/20_zoo/25_turbo.ipynb #2abe0bf0
 def train_turbo(
     name: str, # of the recipe
-    folder, # for the checkpoint and, at the end, the denoiser and its scheduler
+    folder, # for the checkpoint and, at the end, the LoRA weights
     **changes, # of the recipe
 ) -> StableDiffusionPipeline:
-    "Distil (or go on distilling) a pipeline into few steps; saves what differs from it."
+    "Distil (or go on distilling) a pipeline into few steps; saves LoRA weights of its denoiser."
     r = recipe(name) | changes
     pipe = StableDiffusionPipeline.from_pretrained(resolve(r["teacher"]), safety_checker=None, torch_dtype=torch.float32)
     student = type(pipe.unet).from_pretrained(resolve(r["teacher"])/"unet", torch_dtype=torch.float32)
-    pipe.unet.requires_grad_(False)
+    student.requires_grad_(False)
+    layers = [n for n, m in student.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    torch.manual_seed(r["seed"])
+    student.add_adapter(LoraConfig(r=r["rank"], lora_alpha=r["rank"], target_modules=layers))
     for unet in (student, pipe.unet): unet.set_attn_processor(AttnProcessor())  # faster here, as in pocket-sd's training
     scheduler, nothing = DDIMScheduler.from_config(pipe.scheduler.config), text_states(pipe.tokenizer, pipe.text_encoder, [""])
     def batch(i):
@@ -86,8 +91,8 @@ def train_turbo(
         return x, times, teacher_steps(pipe.unet, scheduler, x, times, both, r["guidance"]), states
     def loss(student, data): return distillation_loss(student, scheduler, *data)
     log = fit(student, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"])
-    student.half().save_pretrained(Path(folder)/"unet")
-    scheduler.save_pretrained(Path(folder)/"scheduler")
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
+    pipe.save_lora_weights(folder, unet_lora_layers={name: w.half().contiguous() for name, w in weights.items()})
     save_log(log, folder)
-    pipe.unet = student.float()
+    pipe.unet = student
     return pipe
