@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 
 from .captions import pixels, quarters, samples
@@ -91,7 +90,7 @@ def train_turbo(
         return x, times, teacher_steps(pipe.unet, scheduler, x, times, both, r["guidance"]), states
     def loss(student, data): return distillation_loss(student, scheduler, *data)
     log = fit(student, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"])
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(student))
+    weights = get_peft_model_state_dict(student) # peft's own names: diffusers' are for attention alone, and of both in one file it would drop the second
     pipe.save_lora_weights(folder, unet_lora_layers={name: w.half().contiguous() for name, w in weights.items()})
     save_log(log, folder)
     pipe.unet = student
