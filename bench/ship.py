@@ -23,7 +23,7 @@ from boig.report import write_report
 from boig.scales import load_scale
 from boig.stages import load_stages, marker
 
-COLOURS, LARGE = 96, 6000 # of a figure; characters of a table that a notebook keeps
+COLOURS, LARGE = 256, 6000 # of a figure; characters of a table that a notebook keeps
 
 
 def reduce(figure: Path, target: Path):
