@@ -10,6 +10,7 @@ __all__ = ['make_scheduler', 'make_unet', 'noise_times', 'velocity_loss', 'pictu
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
@@ -101,10 +102,14 @@ def train_sd(
         texts = ["" if c < r["empty"] else t for t, c in zip(texts, chance[1])]
         return picture_latents(vae, pixels(map(quarters, scenes))), text_states(tokenizer, tower, texts)
     def loss(unet, data): return velocity_loss(unet, scheduler, *data)
-    log = fit(unet, lambda i: made(i % r["batches"]), loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], hold=r["hold"])
+    settings = {key: r[key] for key in ("lr", "muon_lr", "seed", "decay")}
+    log = fit(unet, lambda i: made(i % r["batches"]), loss, r["steps"], Path(folder)/"run", hold=r["hold"], **settings)
+    unet.half().float()  # as it would be saved here
+    made.cache_clear()
+    more = fit(unet, lambda i: made(r["batches"] + i % r["batches"]), loss, r["again"], Path(folder)/"run"/"again", hold=r["again_hold"], **settings)
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)
     pipe.to(torch.float16).save_pretrained(folder)
-    save_log(log, folder)
+    save_log(pd.concat([log, more.assign(step=more.step + r["steps"])]), folder)
     return pipe.to(torch.float32)
 
 # %% ../../nbs/20_zoo/24_sd.ipynb #15a3730e
