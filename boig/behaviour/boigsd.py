@@ -115,7 +115,7 @@ def assess(
     asked: pd.DataFrame, # B requests
     rewards: dict[str, BoigReward], # by benchmark
     judges: dict | None = None, # column -> Reward that is only reported
-) -> pd.DataFrame: # a row a picture: reward, tokens, objects, mean_prob, mean_logprob, oracle, in_season, and a column a judge
+) -> pd.DataFrame: # a row a picture: reward, tokens, objects, mean_prob, mean_logprob, oracle, in_season, warm (share of warm tones), and a column a judge
     "Rewards, what they are made of, and what others say."
     if len(images) != len(asked): raise BoigError(f"{len(images)} pictures need as many requests, not {len(asked)}.")
     if lost := set(asked.bench) - set(rewards): raise BoigError(f"There is no reward for '{sorted(lost)[0]}'; there are: {', '.join(rewards)}.")
@@ -128,6 +128,7 @@ def assess(
     seen = [parse(t).value for t in out.pop("text")]
     out["oracle"] = [oracle(v, r, size) for v, r in zip(seen, asked.itertuples())]
     out["in_season"] = [float(any(date.month in load_sprites()[o].months for o in v.objects if o in load_sprites())) for v, date in zip(seen, asked.date)]
+    out["warm"] = [v.tones["warm"] for v in seen]
     for name, judge in (judges or {}).items(): out[name] = judge(images, list(asked.prompt)).cpu().numpy()
     return out
 
@@ -243,7 +244,7 @@ def _one_set(watch: Watch, pipe, name: str) -> pd.DataFrame:
     out = assess(images, asked, watch.rewards, watch.judges).assign(set=name, image=None)
     out["diversity"] = diversity(watch.features(images), list(asked.prompt)) if watch.features else math.nan
     best = out.groupby("prompt", sort=False).reward.idxmax() if name == "gallery" else []
-    for i in best: out.at[i, "image"] = as_png(images[i], pipe, out.prompt[i], derive_seed(watch.seed, "look", name), i, trained_in=Path(watch.folder).name)
+    for i in best: out.at[i, "image"] = as_png(images[i], pipe, out.prompt[i], derive_seed(watch.seed, "look", name), i, trained_in=Path(watch.folder).name, **watch.sampling)
     return out
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #dbc57f8f
@@ -300,7 +301,7 @@ def load_tuned(
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #4ee677e6
 SHOWN = {"Reward": "reward", "Aesthetic Score": "aesthetic", "CLIP Score": "clip", "Oracle log KPI": "oracle",
-         "Mean token probability": "mean_prob", "Tokens": "tokens", "Objects": "objects", "In season": "in_season"} # column of the table -> of `assess`
+         "Mean token probability": "mean_prob", "Tokens": "tokens", "Objects": "objects", "In season": "in_season", "Warm Tones": "warm"} # column of the table -> of `assess`
 
 def cells(assessed: pd.DataFrame): # yields (benchmark, KPI bucket, which rows)
     "The cells of a model, in the paper's order; 'All' is every bucket of a benchmark."

@@ -133,7 +133,7 @@ class DDPOConfig(TuningConfig):
     fresh: bool = False # draw each update's pictures with the model of that moment, not all of an epoch's at its start
     keep_graph: bool = False # the first update after drawing uses the forward passes of sampling; more memory, same result
     overlap: bool = False # ask the reward, in a thread, while the next pictures are drawn; same result
-    lr: float = 5e-6 # of AdamW
+    lr: float = 5e-6 # of AdamW, for the whole denoiser; LoRA wants about 3e-4
     weight_decay: float = 1e-4
 
     @classmethod

@@ -55,7 +55,8 @@ def load_pipeline(
 ) -> DiffusionPipeline: # quiet, without a safety checker
     "A text-to-image pipeline; BoigError if the folder holds none."
     path, entry = resolve(ref), entries().get(ref)
-    with _quiet() if entry and entry.kind == "packaged" else nullcontext(): pipe = _assembled(path, base or (entry.base if entry else ""), dtype)
+    own = any(e and e.kind == "packaged" for e in (entry, entries().get(base)))
+    with _quiet() if own else nullcontext(): pipe = _assembled(path, base or (entry.base if entry else ""), dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.register_to_config(_name_or_path=str(ref)) # what its pictures' records call it: neither the base of LoRA weights, nor a folder of the hub's cache
     return pipe.to(get_device(device))

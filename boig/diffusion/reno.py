@@ -117,7 +117,7 @@ class Painter:
 class Term:
     "A reward and its share."
     reward: Reward
-    weight: float = 0.75 # w; the paper's, of the preference model (appendix C)
+    weight: float = 1.0 # w
     context: dict | list | None = None # what the reward reads besides, e.g. {"references": ...}; a list: one for each picture
 
 def _terms(rewards, n: int) -> list[Term]:

@@ -165,7 +165,7 @@ def picture_rows(
     rows["asked"] = rows.prompt if words == noun else [" ".join(t.replace("{0}", "").replace("{1}", words).split()) for t in rows.template]
     rows["number"] = rows.groupby("template", sort=False).cumcount()
     pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), **sampling)
-    return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
+    return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i, **sampling), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
 
 def _pixels(file) -> bytes: # of a PNG
     "A picture upright, in RGB, and nothing else: a photograph's file may say where its owner lives."
