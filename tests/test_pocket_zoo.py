@@ -95,6 +95,42 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     with pytest.raises(BoigError, match="other settings"): training.fit(net(0), batch, loss, 5, tmp_path)
 
 
+def spoilt(steps):
+    "The loss, which is no finite number at `steps`: now itself, now its gradient."
+    which = {batch(i).sum().item(): i for i in steps}
+    def bad_loss(model, x):
+        if (i := which.get(x.sum().item())) is None: return loss(model, x)
+        y = model(x).sum()
+        return {"loss": y * float("nan") if i % 2 else (y - y.detach()).abs().sqrt() * 0, "largest": torch.tensor(float("nan"))}  # the second is 0, of slope 0 · ∞
+    return bad_loss
+
+
+def test_a_step_that_is_no_number_is_left_out(tmp_path):
+    model, start = net(0), [p.detach().clone() for p in net(0).parameters()]
+    with pytest.warns(UserWarning, match=r"Step 1 \(batch 0\) is left out"): training.fit(model, batch, spoilt({0, 1}), 12, tmp_path, log_every=4, stop_after=2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
+    with pytest.warns(UserWarning, match=r"Step 6 \(batch 5\) is left out"): log = training.fit(net(1), batch, spoilt({5, 6}), 12, tmp_path, log_every=4)
+    good, sums = net(0), []
+    params = list(good.parameters())
+    ema, opts = [p.detach().clone() for p in params], training.optimizers(good, 1e-3, 0.02)
+    for i in set(range(12)) - {0, 1, 5, 6}:
+        torch.manual_seed(training.derive_seed(0, "step", i))
+        sums.append(training._step(good, loss, batch(i), params, opts, training.learning_rate(i, 12), "cpu")["loss"])
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(0.998, (1 + i) / (10 + i)))
+    found = training.load_file(tmp_path/"checkpoint.safetensors")
+    assert all(torch.equal(found[f"{i}.weight"], p) and torch.equal(found[f"{i}.running"], q) for i, (p, q) in enumerate(zip(params, ema)))
+    assert list(log.loss) == pytest.approx([sum(sums[:2]) / 2, sum(sums[2:4]) / 2, sum(sums[4:]) / 4]) and log.largest.notna().all()
+
+
+def test_a_training_that_is_no_number_any_more_stops(tmp_path):
+    training.fit(net(0), batch, loss, 60, tmp_path, stop_after=10)
+    before = (tmp_path/"checkpoint.safetensors").read_bytes()
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(BoigError, match="Twenty steps in a row, up to step 35"):
+        training.fit(net(0), batch, spoilt(range(15, 60)), 60, tmp_path)
+    assert (tmp_path/"checkpoint.safetensors").read_bytes() == before
+    with pytest.warns(UserWarning, match="left out"): training.fit(net(0), batch, spoilt({*range(15, 34), *range(35, 54)}), 60, tmp_path)  # nineteen, twice
+
+
 def test_who_steps_which_weights():
     kinds = {type(o).__name__: {tuple(p.shape) for g in o.param_groups for p in g["params"]} for o in training.optimizers(net(0), 1e-3, 0.02)}
     assert kinds["Muon"] == {(32, 32, 3, 3), (20, 512)} and (32, 3, 3, 3) in kinds["AdamW"]
