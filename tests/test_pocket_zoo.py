@@ -1,8 +1,10 @@
 "The pocket zoo: the loop that trains it, what it is trained on, and what is shipped."
 import json
 import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -129,6 +131,37 @@ def test_a_training_that_is_no_number_any_more_stops(tmp_path):
         training.fit(net(0), batch, spoilt(range(15, 60)), 60, tmp_path)
     assert (tmp_path/"checkpoint.safetensors").read_bytes() == before
     with pytest.warns(UserWarning, match="left out"): training.fit(net(0), batch, spoilt({*range(15, 34), *range(35, 54)}), 60, tmp_path)  # nineteen, twice
+
+
+class Part:
+    "What saves itself: a file, or half of one and then no more."
+    def __init__(self, name, half=False): self.name, self.is_half = name, half
+    def half(self): return self
+    def float(self): return self
+    def save_pretrained(self, folder):
+        (folder/"nested").mkdir(exist_ok=True)
+        (folder/"nested"/self.name).write_text("half" if self.is_half else "new")
+        if self.is_half: raise KeyboardInterrupt
+
+
+def test_a_model_is_saved_whole_or_not_at_all(tmp_path):
+    folder, log = tmp_path/"m", pd.DataFrame({"step": [1], "loss": [0.5]})
+    (folder/"run").mkdir(parents=True)
+    (folder/"run"/"checkpoint.safetensors").write_text("kept")
+    (folder/"nested").mkdir()
+    (folder/"nested"/"model").write_text("old")
+    def found(): return {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    before = found()
+    with pytest.raises(KeyboardInterrupt): training.save_model(Part("model"), folder, log, Part("tokenizer", half=True))
+    assert found() == before
+    training.save_model(Part("model"), folder, log, Part("tokenizer"))
+    assert found() == before | {"m/nested/model": "new", "m/nested/tokenizer": "new", "m/log.csv": "step,loss\n1,0.5\n"}
+
+
+def test_no_trainer_saves_straight_into_its_folder():
+    package = Path(training.__file__).parents[1]
+    for file in (*(package/"pocket").glob("*.py"), package/"preference"/"baselines.py"):
+        assert not re.search(r"save_(pretrained|lora_weights|file)\(.*\bfolder\b", file.read_text()), file.name
 
 
 def test_who_steps_which_weights():

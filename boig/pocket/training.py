@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'bf16_pays', 'orthogonalize', 'Muon', 'optimizers', 'fit', 'recipes', 'recipe', 'train', 'save_log',
-           'save_model', 'ship']
+           'whole_files', 'save_model', 'ship']
 
 # %% ../../nbs/20_zoo/20_training.ipynb #a1d4aa40
 import importlib
 import json
 import math
+import os
 import time
 import re
 import shutil
+import tempfile
 import tomllib
 import warnings
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -204,11 +207,29 @@ def save_log(log: pd.DataFrame, folder):
     "The log of a training, beside its model."
     with atomic_path(Path(folder)/"log.csv") as tmp: log.round(4).to_csv(tmp, index=False)
 
-def save_model(model, folder, log: pd.DataFrame):
-    "A finished model in half precision, with its training log."
-    model.half().save_pretrained(folder)
+@contextmanager
+def whole_files(
+    folder, # where they belong; what else is there, as the run's checkpoint, stays
+): # yields a temporary Path beside it
+    "Save into the yielded folder; when the block ends well, each file is moved into `folder` in one step."
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as tmp:
+        (new := Path(tmp)/"new").mkdir()
+        yield new
+        shutil.copytree(new, folder, copy_function=os.replace, dirs_exist_ok=True)
+
+def save_model(
+    model, # float32, which it stays
+    folder,
+    log: pd.DataFrame, # of its training
+    *beside, # its tokenizer, its image processor
+):
+    "A finished model in half precision, with its training log and what belongs beside it."
+    with whole_files(folder) as tmp:
+        for part in (model.half(), *beside): part.save_pretrained(tmp)
+        save_log(log, tmp)
     model.float()
-    save_log(log, folder)
 
 def ship(name: str, folder, package=None):
     "Put a trained model into the package (cards stay) and its hash into `zoo.toml`."
