@@ -69,6 +69,7 @@ boig reproduce --set boig_llm.steps=50     another value of the scale
 boig reproduce --llm smollm2               the real SmolLM2, into results/pocket-smollm2
 boig reproduce --only boig_llm             one stage, and what it stands on
 boig reproduce --from boig_sd              a stage, all that stand on it, and what these need
+boig reproduce --again boig_shots          a stage once more: its server has a key now, or answers again
 boig reproduce --scale paper --profile slurm   each stage as a job of a cluster
 """
 
@@ -85,6 +86,8 @@ def _reproduce(
         help="This stage and what it stands on. Repeatable.")] = None,
     start: Annotated[Optional[list[str]], typer.Option("--from", metavar="STAGE", show_default=False,
         help="This stage, all that stand on it, and what these need. Repeatable.")] = None,
+    again: Annotated[Optional[list[str]], typer.Option(metavar="STAGE", show_default=False,
+        help="Run this stage though its result stands, with its checkpoints and kept answers. Repeatable.")] = None,
     jobs: Annotated[Optional[int], typer.Option(show_default=False,
         help="Stages at once; the cores are shared among them.  [default: 2, or 1 on one core]")] = None,
     results: Annotated[Optional[Path], typer.Option(help="Where to.  [default: results/<scale> of the project]", show_default=False)] = None,
@@ -93,7 +96,7 @@ def _reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why.")] = False,
 ):
     from boig.reproduce import reproduce
-    reproduce(scale, seed=seed, llm=llm, overrides=pairs(set_ or []), only=names(only or []), start=names(start or []), jobs=jobs, results=results, profile=profile, dry_run=dry_run)
+    reproduce(scale, seed=seed, llm=llm, overrides=pairs(set_ or []), only=names(only or []), start=names(start or []), again=names(again or []), jobs=jobs, results=results, profile=profile, dry_run=dry_run)
 
 # %% ../nbs/95_front/97_cli.ipynb #6d6d5866
 _Results = Annotated[Optional[Path], typer.Argument(help="The results folder.  [default: results/pocket of the project]", show_default=False)]

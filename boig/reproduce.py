@@ -365,6 +365,7 @@ def reproduce(
     overrides: dict | None = None, # {"boig_llm.steps": 50}
     only=(), # names of stages; what they stand on comes too
     start=(), # names of stages; what stands on them comes too
+    again=(), # names of stages that run though their results stand: a server's key, say, is in no stage's key
     jobs: int | None = None, # stages at once; at most 2 by default
     results=None, # the folder; results/<scale> of the project by default
     profile: str = "", # send the stages to a cluster: "slurm", "kubernetes" or a folder with a Snakemake profile
@@ -384,7 +385,9 @@ def reproduce(
     if jobs is None and not profile: jobs = min(2, _cores())
     if jobs is not None and jobs < 1: raise BoigError(f"--jobs must be 1 or more, not {jobs}.")
     stages = choose(load_stages(table, scale), only, start)
-    def plan(): return make_plan(stages, values, results, notebooks, package)
+    for name in again:
+        if name not in stages: raise closest(name, stages, "stage of this run")
+    def plan(): return make_plan(stages, values, results, notebooks, package, again)
     folder = profile_folder(profile) if profile else None
     if dry_run: return _dry(plan(), results, bool(profile))
     began = time.time()

@@ -248,8 +248,8 @@ def why_run(
     return ""
 
 # %% ../nbs/95_front/94_stages.ipynb #711ba0c5
-def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, package: Path) -> list[Step]:
-    "Each stage with its parameters, key and the reason to run it, in order."
+def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, package: Path, again=()) -> list[Step]:
+    "Each stage with its parameters, key and the reason to run it, in order; those named in `again` run though their results stand."
     steps, coming = {}, {}
     def now(file): return coming.get(file) or ((results/file).is_file() and sha256_file(results/file))
     for name, stage in stages.items():
@@ -261,8 +261,8 @@ def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, packag
         steps[name] = step = Step(stage, params, own, key, needs, package)
         check_notebook(notebooks/stage.notebook, params)
         above = [n for n in needs if steps[n].why and not steps[n].kept]
-        step.why = why_run(step, results, coming) or (f"runs after {', '.join(above)}" if above else "")
-        if step.why and not above and (old := find(results, name, key, now)):
+        step.why = "asked for again" if name in again else why_run(step, results, coming) or (f"runs after {', '.join(above)}" if above else "")
+        if step.why and not above and name not in again and (old := find(results, name, key, now)):
             step.kept = True
             coming |= old["outputs"]
     return list(steps.values())

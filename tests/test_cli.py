@@ -16,7 +16,7 @@ def run(*args): return CliRunner().invoke(app, [str(a) for a in args])
 def test_help_shows_what_to_type():
     assert "boig reproduce" in run("--help").output
     text = run("reproduce", "--help").output
-    for word in ("--scale", "--seed", "--llm", "--set", "--only", "--from", "--jobs", "--results", "--dry-run", "boig reproduce --set boig_llm.steps=50"):
+    for word in ("--scale", "--seed", "--llm", "--set", "--only", "--from", "--again", "--jobs", "--results", "--dry-run", "boig reproduce --set boig_llm.steps=50"):
         assert word in text
     for command in ("report", "zoo", "status", "verify", "prune", "plan"): assert run(command, "--help").exit_code == 0
 
@@ -68,8 +68,8 @@ def test_interrupt_says_how_to_go_on(monkeypatch):
 def test_arguments_arrive(monkeypatch):
     got = {}
     monkeypatch.setattr("boig.reproduce.reproduce", lambda scale, **kw: got.update(kw, scale=scale))
-    assert run("reproduce", "--scale", "smoke", "--set", "seed=7", "--set", "table1.bootstrap=9", "--only", "a,b", "--only", "c", "--from", "d", "--dry-run").exit_code == 0
-    assert got["overrides"] == {"seed": "7", "table1.bootstrap": "9"} and got["only"] == ["a", "b", "c"] and got["start"] == ["d"] and got["dry_run"] and got["jobs"] is None
+    assert run("reproduce", "--scale", "smoke", "--set", "seed=7", "--set", "table1.bootstrap=9", "--only", "a,b", "--only", "c", "--from", "d", "--again", "e,f", "--dry-run").exit_code == 0
+    assert got["overrides"] == {"seed": "7", "table1.bootstrap": "9"} and got["only"] == ["a", "b", "c"] and got["start"] == ["d"] and got["again"] == ["e", "f"] and got["dry_run"] and got["jobs"] is None
 
 def test_failure_of_a_stage_is_shown_without_traceback(monkeypatch):
     def fail(*args, **kw): raise BoigError("Stage x failed.\n  see y")

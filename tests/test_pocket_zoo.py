@@ -1,8 +1,10 @@
 "The pocket zoo: the loop that trains it, what it is trained on, and what is shipped."
 import json
 import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -93,6 +95,73 @@ def test_a_stopped_training_ends_in_the_same_weights(tmp_path):
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     training.fit(net(0), batch, loss, 4, tmp_path)
     with pytest.raises(BoigError, match="other settings"): training.fit(net(0), batch, loss, 5, tmp_path)
+
+
+def spoilt(steps):
+    "The loss, which is no finite number at `steps`: now itself, now its gradient."
+    which = {batch(i).sum().item(): i for i in steps}
+    def bad_loss(model, x):
+        if (i := which.get(x.sum().item())) is None: return loss(model, x)
+        y = model(x).sum()
+        return {"loss": y * float("nan") if i % 2 else (y - y.detach()).abs().sqrt() * 0, "largest": torch.tensor(float("nan"))}  # the second is 0, of slope 0 · ∞
+    return bad_loss
+
+
+def test_a_step_that_is_no_number_is_left_out(tmp_path):
+    model, start = net(0), [p.detach().clone() for p in net(0).parameters()]
+    with pytest.warns(UserWarning, match=r"Step 1 \(batch 0\) is left out"): training.fit(model, batch, spoilt({0, 1}), 12, tmp_path, log_every=4, stop_after=2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), start))
+    with pytest.warns(UserWarning, match=r"Step 6 \(batch 5\) is left out"): log = training.fit(net(1), batch, spoilt({5, 6}), 12, tmp_path, log_every=4)
+    good, sums = net(0), []
+    params = list(good.parameters())
+    ema, opts = [p.detach().clone() for p in params], training.optimizers(good, 1e-3, 0.02)
+    for i in set(range(12)) - {0, 1, 5, 6}:
+        torch.manual_seed(training.derive_seed(0, "step", i))
+        sums.append(training._step(good, loss, batch(i), params, opts, training.learning_rate(i, 12), "cpu")["loss"])
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(0.998, (1 + i) / (10 + i)))
+    found = training.load_file(tmp_path/"checkpoint.safetensors")
+    assert all(torch.equal(found[f"{i}.weight"], p) and torch.equal(found[f"{i}.running"], q) for i, (p, q) in enumerate(zip(params, ema)))
+    assert list(log.loss) == pytest.approx([sum(sums[:2]) / 2, sum(sums[2:4]) / 2, sum(sums[4:]) / 4]) and log.largest.notna().all()
+
+
+def test_a_training_that_is_no_number_any_more_stops(tmp_path):
+    training.fit(net(0), batch, loss, 60, tmp_path, stop_after=10)
+    before = (tmp_path/"checkpoint.safetensors").read_bytes()
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(BoigError, match="Twenty steps in a row, up to step 35"):
+        training.fit(net(0), batch, spoilt(range(15, 60)), 60, tmp_path)
+    assert (tmp_path/"checkpoint.safetensors").read_bytes() == before
+    with pytest.warns(UserWarning, match="left out"): training.fit(net(0), batch, spoilt({*range(15, 34), *range(35, 54)}), 60, tmp_path)  # nineteen, twice
+
+
+class Part:
+    "What saves itself: a file, or half of one and then no more."
+    def __init__(self, name, half=False): self.name, self.is_half = name, half
+    def half(self): return self
+    def float(self): return self
+    def save_pretrained(self, folder):
+        (folder/"nested").mkdir(exist_ok=True)
+        (folder/"nested"/self.name).write_text("half" if self.is_half else "new")
+        if self.is_half: raise KeyboardInterrupt
+
+
+def test_a_model_is_saved_whole_or_not_at_all(tmp_path):
+    folder, log = tmp_path/"m", pd.DataFrame({"step": [1], "loss": [0.5]})
+    (folder/"run").mkdir(parents=True)
+    (folder/"run"/"checkpoint.safetensors").write_text("kept")
+    (folder/"nested").mkdir()
+    (folder/"nested"/"model").write_text("old")
+    def found(): return {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    before = found()
+    with pytest.raises(KeyboardInterrupt): training.save_model(Part("model"), folder, log, Part("tokenizer", half=True))
+    assert found() == before
+    training.save_model(Part("model"), folder, log, Part("tokenizer"))
+    assert found() == before | {"m/nested/model": "new", "m/nested/tokenizer": "new", "m/log.csv": "step,loss\n1,0.5\n"}
+
+
+def test_no_trainer_saves_straight_into_its_folder():
+    package = Path(training.__file__).parents[1]
+    for file in (*(package/"pocket").glob("*.py"), package/"preference"/"baselines.py"):
+        assert not re.search(r"save_(pretrained|lora_weights|file)\(.*\bfolder\b", file.read_text()), file.name
 
 
 def test_who_steps_which_weights():

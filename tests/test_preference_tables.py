@@ -22,6 +22,7 @@ from boig.preference.model import PreferenceConfig, PreferenceModel, save_prefer
 from boig.preference.training import Histories, TrainConfig, _drawn, same_prompt, train_preference
 from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, token_profiles, user_states
 from boig.scales import load_scale
+from boig.stages import code_cells
 
 RULES = TasteRules(users=24, prompts=10, shared=2)
 
@@ -140,6 +141,12 @@ def test_a_server_is_asked_with_the_appendixs_words_and_never_without_a_price(ma
     assert [p["image_url"]["url"][-4:] for p in liked if p["type"] == "image_url"] == ["YQ==", "eA==", "eQ=="] and set(first) <= {0, 1}
     assert [read_index(a) for a in ("Image 1 is warmer.", "0", "10", "0.5 and 1", "")] == [1, 0, None, 1, None]
     assert server_scores(["1", "1"], np.array([1, 0]))[0].tolist() == [1, 0] and server_scores(["1"], np.array([0]))[0].tolist() == [0, 1]
+
+
+def test_paid_answers_outlive_a_change_of_code_or_budget():
+    for name in ("preference_tables", "boig_shots"):
+        code = "\n".join(code_cells(project_root()/"nbs"/"90_experiments"/f"{name}.ipynb"))
+        assert "results / 'runs' / 'answers'" in code and "run_dir / 'answers'" not in code  # run_dir carries the stage's key
 
 
 def test_looks_inside(made):

@@ -533,6 +533,21 @@ def test_from_takes_what_stands_on_a_stage(world, capsys):
     assert list(world.why(capsys, start=["first"], only=["other"])) == ["first", "second", "other"]
     with pytest.raises(BoigError, match="Did you mean 'second'"): world.run(start=["secnd"])
 
+def test_a_stage_runs_again_when_asked(world, capsys, monkeypatch):
+    world.notebook("first", LIB + "import os\nwrite_text(Path(results)/'data/a.txt', os.environ.get('TOY_SERVER', 'not run'))")
+    world.run()
+    monkeypatch.setenv("TOY_SERVER", "done")
+    keys = world.keys()
+    assert set(world.why(capsys).values()) == {"up to date"}  # what a server is, no key knows
+    assert world.why(capsys, again=["first"]) == {"first": "asked for again", "second": "runs after first", "other": "up to date"}
+    world.run(again=["first"])
+    assert (world.results/"b.txt").read_text() == "done!" and world.keys() == keys and set(world.why(capsys).values()) == {"up to date"}
+    (world.results/"data/a.txt").unlink()
+    world.run()
+    assert (world.results/"data/a.txt").read_text() == "done"  # the old result is not put back
+    with pytest.raises(BoigError, match="Did you mean 'first'"): world.run(again=["frist"])
+    with pytest.raises(BoigError, match="Unknown stage of this run 'other'"): world.run(only=["first"], again=["other"])
+
 
 # Disks
 

@@ -7,7 +7,6 @@ __all__ = ['LIKED', 'rated', 'liked', 'embeddings', 'ridge', 'train_aesthetic', 
 
 # %% ../../nbs/20_zoo/29_aesthetic.ipynb #49a60459
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from ..core import derive_seed, write_json
 from .captions import held_out, pixels
 from .choosers import PARTS, Ask, parts, question
-from .training import recipe, save_log
+from .training import recipe, save_log, whole_files
 from ..rewards.aesthetic import Head
 from ..rewards.clip_scores import embed_images, load_clip
 
@@ -64,16 +63,16 @@ def train_aesthetic(
     **changes, # of the recipe
 ) -> Head:
     "Fit an aesthetic head and save it in half precision."
-    r, folder, start = recipe(name) | changes, Path(folder), time.process_time()
+    r, start = recipe(name) | changes, time.process_time()
     model, _, preprocess = load_clip(r["tower"])
     images, seen = rated(r["scenes"], r["seed"], name)
     e, y = embeddings(model, preprocess, images), liked(seen)
     head = ridge(e, y, r["penalty"])
     fit = float(np.corrcoef(head(e.float()).detach(), y)[0, 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.half() for k, t in head.state_dict().items()}, folder/"model.safetensors", {"format": "pt"})
-    write_json(folder/"config.json", {"tower": r["tower"]})
-    save_log(pd.DataFrame([{"scenes": r["scenes"], "cpu_seconds": time.process_time() - start, "correlation": fit}]), folder)
+    with whole_files(folder) as tmp:
+        save_file({k: t.half() for k, t in head.state_dict().items()}, tmp/"model.safetensors", {"format": "pt"})
+        write_json(tmp/"config.json", {"tower": r["tower"]})
+        save_log(pd.DataFrame([{"scenes": r["scenes"], "cpu_seconds": time.process_time() - start, "correlation": fit}]), tmp)
     return head
 
 # %% ../../nbs/20_zoo/29_aesthetic.ipynb #107347f4

@@ -57,7 +57,6 @@ def train_clip(
         scenes, texts = samples(r["batch_size"], r["seed"], name, i)
         return {"pixel_values": normalize(pixels(scenes)), **tokens(tokenizer, texts)}
     log = fit(model, batch, contrastive, r["steps"], folder/"run", lr=r["lr"], seed=r["seed"])
-    save_model(model, folder, log)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    save_model(model, folder, log, tokenizer, processor)
     return model

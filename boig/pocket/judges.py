@@ -70,9 +70,8 @@ def train_chooser(
     model = make_clip(tokenizer, r["vision"], r["text"], r["dim"])
     model.set_attn_implementation("eager")  # for 65 patches and 30 words, plain products train faster than fused attention on a CPU
     log = fit(model, lambda i: judge_batch(tokenizer, choosers, r, name, i), judge_loss, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"])
-    save_model(model, folder, log)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    save_model(model, folder, log, tokenizer, processor)
     return model
 
 # %% ../../nbs/20_zoo/26_judges.ipynb #24d13c47

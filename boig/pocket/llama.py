@@ -202,8 +202,7 @@ def train_llama(
     def loss(model, parts): return answer_loss(model, parts, weight)
     log = fit(model, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"])
     spread_unseen(model, map(batch, range(200)), r["seed"])
-    save_model(model, folder, log)
-    tokenizer.save_pretrained(folder)
+    save_model(model, folder, log, tokenizer)
     return model
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #eac8d685

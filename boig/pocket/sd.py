@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..core import derive_seed
 from .captions import pixels, quarters, samples
 from .clip import normalize
-from .training import bf16_pays, fit, recipe, save_log
+from .training import bf16_pays, fit, recipe, save_log, whole_files
 from ..data.world import caption
 from ..zoo import resolve
 
@@ -108,8 +108,9 @@ def train_sd(
     made.cache_clear()
     more = fit(unet, lambda i: made(r["batches"] + i % r["batches"]), loss, r["again"], Path(folder)/"run"/"again", hold=r["again_hold"], **settings)
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)
-    pipe.to(torch.float16).save_pretrained(folder)
-    save_log(pd.concat([log, more.assign(step=more.step + r["steps"])]), folder)
+    with whole_files(folder) as tmp:
+        pipe.to(torch.float16).save_pretrained(tmp)
+        save_log(pd.concat([log, more.assign(step=more.step + r["steps"])]), tmp)
     return pipe.to(torch.float32)
 
 # %% ../../nbs/20_zoo/24_sd.ipynb #15a3730e

@@ -183,8 +183,7 @@ def train_idefics(
     model, processor, talked = talk_stage(r, (r["seed"], name), Path(folder)/"run")
     read = sign_stage(model, processor, r["signs"], (r["seed"], name), Path(folder)/"run"/"signs")
     model.set_attn_implementation("sdpa")
-    save_model(model, folder, pd.concat([talked.assign(stage="talk"), read.assign(stage="signs")], ignore_index=True))
-    processor.save_pretrained(folder)
+    save_model(model, folder, pd.concat([talked.assign(stage="talk"), read.assign(stage="signs")], ignore_index=True), processor)
     return model
 
 # %% ../../nbs/20_zoo/28_signs.ipynb #d9bdf182

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'bf16_pays', 'orthogonalize', 'Muon', 'optimizers', 'fit', 'recipes', 'recipe', 'train', 'save_log',
-           'save_model', 'ship']
+           'whole_files', 'save_model', 'ship']
 
 # %% ../../nbs/20_zoo/20_training.ipynb #a1d4aa40
 import importlib
 import json
 import math
+import os
 import time
 import re
 import shutil
+import tempfile
 import tomllib
+import warnings
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -94,7 +98,7 @@ def _save(path: Path, meta: dict, params, ema, opts):
     "Everything a run needs to go on."
     tensors = {}
     for i, (p, average) in enumerate(zip(params, ema)):
-        state = next(o.state[p] for o in opts if p in o.state)
+        state = next((o.state[p] for o in opts if p in o.state), {})  # none before the first step that was taken
         tensors |= {f"{i}.weight": p.detach(), f"{i}.running": average} | {f"{i}.state.{key}": t for key, t in state.items()}
     with atomic_path(path) as tmp: save_file({name: t.contiguous().clone() for name, t in tensors.items()}, tmp, {"boig": json.dumps(meta)})
 
@@ -114,13 +118,14 @@ def _load(path: Path, plan: dict, params, ema, opts) -> dict:
 
 # %% ../../nbs/20_zoo/20_training.ipynb #90f9f7ec
 def _step(model, loss, data, params, opts, rate, device) -> dict[str, float]:
-    "One step of the optimisers at `rate` of their peak learning rates; the numbers of the step."
+    "One step of the optimisers at `rate` of their peak learning rates; the numbers of the step, none if it was left out."
     for opt in opts:
         for group in opt.param_groups: group["lr"] = rate * group.setdefault("peak", group["lr"])
     with torch.autocast(device, torch.bfloat16, enabled=bf16_pays()): numbers = loss(model, data)
     for opt in opts: opt.zero_grad()
     numbers["loss"].backward()
-    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    if not (math.isfinite(norm) and math.isfinite(numbers["loss"].detach())): return {}
     for opt in opts: opt.step()
     return {name: float(x.detach()) for name, x in numbers.items()}
 
@@ -147,18 +152,26 @@ def fit(
     path, device = Path(folder)/"checkpoint.safetensors", params[0].device.type
     plan = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "seed": seed, "decay": decay, "weight_decay": weight_decay, "hold": hold, "log_every": log_every}
     meta = _load(path, plan, params, ema, opts) if path.exists() else {"plan": plan, "step": 0, "cpu": 0.0, "log": [], "sums": {}}
+    meta = {"bad": 0, "left_out": 0} | meta  # steps left out: in a row, and since the last line of the log
     started, saved = time.process_time() - meta["cpu"], time.monotonic()
     model.train()
     for i in range(meta["step"], min(steps, stop_after or steps)):
         torch.manual_seed(derive_seed(seed, "step", i))
         numbers = _step(model, loss, batch(i), params, opts, learning_rate(i, steps, hold), device)
-        d = min(decay, (1 + i) / (10 + i))
-        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
+        meta["bad"] = 0 if numbers else meta["bad"] + 1
+        if numbers:
+            d = min(decay, (1 + i) / (10 + i))
+            torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - d)
+        else:
+            meta["left_out"] += 1
+            warnings.warn(f"Step {i + 1} (batch {i}) is left out: its loss or gradient is no finite number.", stacklevel=2)
+            if meta["bad"] == 20: raise BoigError(f"Twenty steps in a row, up to step {i + 1}, had a loss or gradient that is no finite number; they were left out. Look at their batches, or train into another folder with smaller learning rates.")
         for name, x in numbers.items(): meta["sums"][name] = meta["sums"].get(name, 0) + x / log_every
         meta |= {"step": i + 1, "cpu": round(time.process_time() - started, 1)}
         if (i + 1) % log_every == 0:
-            meta["log"].append({"step": i + 1, "cpu_seconds": meta["cpu"], **meta["sums"]})
-            meta["sums"] = {}
+            means = {name: x * (log_every / (log_every - meta["left_out"])) for name, x in meta["sums"].items()}
+            meta["log"].append({"step": i + 1, "cpu_seconds": meta["cpu"], **means})
+            meta |= {"sums": {}, "left_out": 0}
         if i + 1 == (stop_after or steps) or time.monotonic() - saved > save_every:
             _save(path, meta, params, ema, opts)
             saved = time.monotonic()
@@ -194,11 +207,29 @@ def save_log(log: pd.DataFrame, folder):
     "The log of a training, beside its model."
     with atomic_path(Path(folder)/"log.csv") as tmp: log.round(4).to_csv(tmp, index=False)
 
-def save_model(model, folder, log: pd.DataFrame):
-    "A finished model in half precision, with its training log."
-    model.half().save_pretrained(folder)
+@contextmanager
+def whole_files(
+    folder, # where they belong; what else is there, as the run's checkpoint, stays
+): # yields a temporary Path beside it
+    "Save into the yielded folder; when the block ends well, each file is moved into `folder` in one step."
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as tmp:
+        (new := Path(tmp)/"new").mkdir()
+        yield new
+        shutil.copytree(new, folder, copy_function=os.replace, dirs_exist_ok=True)
+
+def save_model(
+    model, # float32, which it stays
+    folder,
+    log: pd.DataFrame, # of its training
+    *beside, # its tokenizer, its image processor
+):
+    "A finished model in half precision, with its training log and what belongs beside it."
+    with whole_files(folder) as tmp:
+        for part in (model.half(), *beside): part.save_pretrained(tmp)
+        save_log(log, tmp)
     model.float()
-    save_log(log, folder)
 
 def ship(name: str, folder, package=None):
     "Put a trained model into the package (cards stay) and its hash into `zoo.toml`."

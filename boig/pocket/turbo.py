@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from .captions import pixels, quarters, samples
 from .sd import picture_latents, text_states
-from .training import fit, recipe, save_log
+from .training import fit, recipe, save_log, whole_files
 from ..zoo import resolve
 
 # %% ../../nbs/20_zoo/25_turbo.ipynb #10dd0c50
@@ -91,7 +91,8 @@ def train_turbo(
     def loss(student, data): return distillation_loss(student, scheduler, *data)
     log = fit(student, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"])
     weights = get_peft_model_state_dict(student) # peft's own names: diffusers' are for attention alone, and of both in one file it would drop the second
-    pipe.save_lora_weights(folder, unet_lora_layers={name: w.half().contiguous() for name, w in weights.items()})
-    save_log(log, folder)
+    with whole_files(folder) as tmp:
+        pipe.save_lora_weights(tmp, unet_lora_layers={name: w.half().contiguous() for name, w in weights.items()})
+        save_log(log, tmp)
     pipe.unet = student
     return pipe

@@ -90,9 +90,8 @@ def train_pickscore(
         return {"loss": choice_loss(scores.float(), torch.zeros(len(texts), dtype=torch.long, device=scores.device)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
     model.requires_grad_(True)
     log = fit(model, draw, loss, steps, run or Path(folder)/"run", lr=lr, muon_lr=muon_lr, seed=seed, log_every=min(steps, 10))
-    save_model(model.eval(), folder, log)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": preprocess.size[0]}, crop_size=preprocess.size[0], image_mean=list(preprocess.mean), image_std=list(preprocess.std)).save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": preprocess.size[0]}, crop_size=preprocess.size[0], image_mean=list(preprocess.mean), image_std=list(preprocess.std))
+    save_model(model.eval(), folder, log, tokenizer, processor)
     return ClipScore(model.requires_grad_(False), tokenizer, preprocess, "pickscore (same data)", "logit")
 
 # %% ../../nbs/70_preference/74_baselines.ipynb #8c7072de
