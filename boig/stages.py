@@ -156,12 +156,13 @@ def _pin(name: str) -> str | None:
 
 _APART = {"zoo.toml", "roles.toml"} # of the zoo: an entry counts by itself, where it is used
 
-def _tables(module: str, source: str, package: Path) -> dict: # path -> digest
-    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), in a folder of that name, or anywhere if `source` names them; comments don't count."
+def _tables(module: str, source: str, package: Path) -> dict: # name -> digest
+    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), in a folder of that name, or anywhere if `source` names them; comments don't count. And the HTML templates that it names."
     base = package.parent.joinpath(*module.split("."))
-    found = {base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else base.glob("*.toml"))}
-    found |= {f for name in re.findall(r"([\w-]+\.toml)['\"]", source) for f in package.rglob(name)}
-    return {str(f.relative_to(package)): digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(found) if f.is_file() and f.name not in _APART}
+    def named(ending): return {f for name in re.findall(rf"([\w-]+\.{ending})['\"]", source) for f in package.rglob(name)}
+    tables = {base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else base.glob("*.toml"))} | named("toml")
+    return ({f"table {f.relative_to(package)}": digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(tables) if f.is_file() and f.name not in _APART}
+        | {f"template {f.relative_to(package)}": digest(f.read_text(encoding="utf-8")) for f in sorted(named("html"))})
 
 def _weights(code: str, values) -> dict: # name -> sha256
     "The zoo's entries that the code or a parameter names, and the ones those stand on."
@@ -175,12 +176,12 @@ def code_parts(
     values, # of the notebook's parameters
     package: Path, # the library's folder
 ) -> dict: # what of it changes when a result may
-    "All code, tables, weights and packages that a notebook's result depends on, by name."
+    "All code, tables, templates, weights and packages that a notebook's result depends on, by name."
     cells = code_cells(notebook)
     modules = module_sources(cells, package)
     return ({"notebook": digest(cells)}
         | {f"module {k}": digest(v) for k, v in sorted(modules.items())}
-        | {f"table {k}": v for m, source in sorted(modules.items()) for k, v in _tables(m, source, package).items()}
+        | {k: v for m, source in sorted(modules.items()) for k, v in _tables(m, source, package).items()}
         | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), values).items()}
         | {f"package {name}": _pin(name) for name in _PINNED})
 

@@ -195,6 +195,20 @@ def test_a_table_that_a_module_names_counts(world):
     (world.root/"toylib/data/words.toml").write_text("a = 2")
     assert differ(before, world.keys()) == ["first", "second"]
 
+def test_a_template_that_a_module_names_counts(world):
+    (world.root/"toylib/templates").mkdir()
+    for name in ("asked", "unused"): (world.root/f"toylib/templates/{name}.html").write_text("<p>1</p>")
+    world.lib("def double(x): return 2 * x\ndef read(): return open('templates', 'asked.html')\n")
+    before = world.keys()
+    (world.root/"toylib/templates/unused.html").write_text("<p>2</p>")
+    assert differ(before, world.keys()) == []
+    (world.root/"toylib/templates/asked.html").write_text("<p>2</p>")
+    assert differ(before, world.keys()) == ["first", "second"]
+
+def test_the_questionnaire_is_in_the_key_of_what_writes_it(real):
+    template = "template templates/questionnaire.html"
+    assert template in real("instructbooth_tables") and template not in real("instructbooth")
+
 def test_tables_in_a_modules_folder_count(world):
     before = world.keys()
     (world.root/"toylib/maths").mkdir()
