@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Stage', 'load_stages', 'makers', 'choose', 'bare', 'code_cells', 'imported', 'module_sources', 'code_parts',
-           'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters', 'check_notebook']
+           'data_parts', 'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters',
+           'check_notebook']
 
 # %% ../nbs/95_front/94_stages.ipynb #c096e90f
 import ast
 import json
+import os
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
@@ -17,10 +19,10 @@ from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
 
-from .core import BoigError, closest, digest, sha256_file
+from .core import BoigError, closest, digest, from_root, sha256_file
 from .kept import find
 from .safe import check_parameters
-from .scales import Scale
+from .scales import CHOICES, Scale
 from .zoo import entries
 
 # %% ../nbs/95_front/94_stages.ipynb #733ae1b2
@@ -185,6 +187,18 @@ def code_parts(
         | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), values).items()}
         | {f"package {name}": _pin(name) for name in _PINNED})
 
+def _content(path: Path) -> str:
+    "Names, sizes and times of change of a file or of what is in a folder, hidden files aside: reading terabytes for each plan would take hours."
+    inside = [p for p in path.rglob("*") if not any(name.startswith(".") for name in p.relative_to(path).parts) and p.is_file()] if path.is_dir() else [path]
+    return digest(sorted((p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in inside))
+
+def data_parts(values: dict) -> dict: # of a notebook's parameters
+    "The data from outside that parameters name: pages, pictures, raters' answers, models of one's own."
+    known = entries() # a name of the zoo's means the zoo's, whatever lies in the project
+    def outside(k, v): return isinstance(v, str) and v and k not in CHOICES and k != "scale" and v not in known and os.path.exists(from_root(v))
+    fetched = {"media"} if values.get("download") else set() # the stage itself fills that folder
+    return {f"data {k}": _content(from_root(v)) for k, v in values.items() if k not in fetched and outside(k, v)}
+
 def parts(
     stage: Stage,
     scale: Scale,
@@ -196,6 +210,7 @@ def parts(
     values = stage.parameters(scale)
     return ({"files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in values.items()}
+        | data_parts(values)
         | code_parts(notebooks/stage.notebook, values.values(), package)
         | {f"stage {name}": key for name, key in keys.items()})
 

@@ -18,7 +18,7 @@ from boig import reproduce as module, stages, zoo
 from boig.core import BoigError, sha256_file
 from boig.reproduce import _append, only_run, reproduce, run_stage
 from boig.results import _repeatable, leftovers, planned, prune, status, verify
-from boig.stages import _weights, bare, check_notebook, imported, load_stages, make_plan, module_sources, parts, results_folder
+from boig.stages import _weights, bare, check_notebook, data_parts, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
 
 HEAD = 'results: str = ""\nrun_dir: str = ""\nscale: str = ""\nseed: int = 0\nbootstrap: int | None = 1'
@@ -133,6 +133,38 @@ def test_a_stage_whose_code_changed_after_the_plan_does_not_start(world):
     assert (world.results/"data/a.txt").read_bytes() == before
     world.run()
     assert (world.results/"data/a.txt").read_bytes() != before
+
+def test_a_stage_whose_code_changes_while_it_runs_does_not_end_well(world):
+    world.notebook("first", FIRST + f"\nPath({str(world.root/'toylib/maths.py')!r}).write_text('def double(x): return 3*x\\n')")
+    with pytest.raises(BoigError, match=r"Stage first failed. Code or data have changed since this run was planned \(module toylib.maths\)"): world.run(only=["first"])
+    assert not [f for f in ("provenance/first.json", ".done/first.json", "runs.jsonl") if (world.results/f).exists()]
+
+def test_data_from_outside_are_in_the_key(world, capsys):
+    (folder := world.root/"answers").mkdir()
+    world.notebook("other", OTHER, head=HEAD + "\nanswers: str = ''")
+    (world.root/"stages.toml").write_text(TABLE.replace('section = "table1"', f'section = "table1"\nparams = {{answers = "{folder}"}}'))
+    (folder/"ada.json").write_text("1")
+    before = world.keys()
+    (folder/".DS_Store").write_text("looked at")
+    assert differ(before, world.keys()) == []
+    world.run(only=["other"])
+    (folder/"bob.json").write_text("2")
+    assert differ(before, world.keys()) == ["other"] and world.why(capsys)["other"] == "changed: data answers"
+    with pytest.raises(BoigError, match="data answers"): run_stage(world.results, "other")
+    (folder/"bob.json").unlink()
+    assert differ(before, world.keys()) == []
+    os.utime(folder/"ada.json", ns=(0, 0))
+    assert differ(before, world.keys()) == ["other"]
+
+def test_which_parameters_name_data(tmp_path, monkeypatch):
+    "Relative ones start at the project's root; what has a meaning of its own is no path."
+    monkeypatch.setattr(stages, "from_root", lambda path: tmp_path/path)
+    for name in ("pages", "paper", "pocket-sd"): (tmp_path/name).mkdir()
+    (tmp_path/"handles.txt").write_text("Adobe")
+    def named(**values): return list(data_parts(values))
+    assert named(pages="pages", handles="handles.txt", llm=str(tmp_path/"paper")) == ["data pages", "data handles", "data llm"]
+    assert named(scale="paper", verbalizer="paper", base="pocket-sd", release="", each=3, folder="nowhere") == []
+    assert named(media="pages", download=False) == ["data media"] and named(media="pages", download=True) == []
 
 def test_imported_module_changes_those_that_import_it(world):
     before = world.keys()
