@@ -395,6 +395,7 @@ def reproduce(
         except BoigError as e: print(f"No page for now: {e}", flush=True)
     with only_run(results), _disk(results):
         if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
+        clean_logs(results, texts=True)  # of a run that was killed before it could
         redraw()
         if table is None: print(f"The page, drawn anew after each stage: {results/'index.html'}", flush=True)
         _run(plan(), results, notebooks, jobs, asked, folder, redraw)

@@ -92,12 +92,13 @@ def clean_logs(
     folder,
     since: float = 0, # as time.time(): files that have not changed after it are left alone
     but=(), # files and folders that somebody else looks after
+    texts: bool = False, # look into text files only: weights and pictures are large
 ):
     "Strike secrets out of the text files below `folder`; other files that hold one are removed."
     if not secrets(): return
     for path in [p for p in Path(folder).rglob("*") if not any(p.is_relative_to(b) for b in but)]:
         try:
-            if not path.is_file() or path.stat().st_ctime < since or not held(path): continue
+            if texts and path.suffix not in _TEXT or not path.is_file() or path.stat().st_ctime < since or not held(path): continue
             if path.suffix in _TEXT: write_text(path, redact(path.read_text(encoding="utf-8", errors="replace")))
             else: path.unlink()
         except FileNotFoundError: pass  # somebody else's temporary file, gone by now

@@ -454,6 +454,17 @@ def test_a_stray_file_with_a_secret_is_struck_out(finished, monkeypatch):
     world.run(only=["other"])
     assert not leaks(world.results) and (world.results/"c.txt").read_text() == "50"
 
+def test_what_a_killed_run_has_left_is_cleaned_by_the_next(finished, monkeypatch):
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    left = world.results/"runs/other/0123/asked.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text(KEY)
+    (weights := left.with_name("weights.bin")).write_bytes(KEY.encode())
+    world.run()
+    assert left.read_text() == "[OPENAI_API_KEY]" and leaks(world.results) == [weights], "only texts are looked into: weights are large"
+    shutil.rmtree(left.parent)
+
 def test_a_table_that_holds_a_secret_is_removed(finished, monkeypatch):
     world, _ = finished
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
