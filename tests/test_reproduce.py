@@ -551,7 +551,25 @@ def test_verify_finds_what_was_touched(finished):
     forged = record | {"outputs": {"c.txt": "0" * 64}}
     (world.results/"provenance/other.json").write_text(json.dumps(forged))
     assert ("changed", "other", "its record and its marker differ in outputs") in findings()
+    for k, v in dict(parameters=record["parameters"] | {"bootstrap": 9}, seed=1, seconds=0.1, provenance=record["provenance"] | {"commit": "0" * 40, "changed_since_commit": False}).items():
+        (world.results/"provenance/other.json").write_text(json.dumps(record | {k: v}))
+        assert findings() == {("changed", "other", f"its record and its line in runs.jsonl differ in {k}")}
+    (world.results/"provenance/other.json").write_text(json.dumps(record | {"parts": {}}))
+    assert findings() == {("changed", "other", "its record and its marker differ in parts")}
     (world.results/"provenance/other.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+@pytest.mark.parametrize("where", ["../outside.txt", "{root}/outside.txt"])
+def test_a_record_cannot_reach_outside(finished, where):
+    "As that of a stage which the table does not have any more: prune would remove its files."
+    world, _ = finished
+    (theirs := world.root/"outside.txt").write_text("mine")
+    forged = world.results/"provenance/gone.json"
+    record = json.loads((world.results/"provenance/other.json").read_text())
+    forged.write_text(json.dumps(record | {"stage": "gone", "outputs": {where.format(root=world.root): sha256_file(theirs)}}))
+    for look in (prune, verify):
+        with pytest.raises(BoigError, match="gone.json' names '.*outside.txt', which is not below the results folder. Remove this record"): look(world.results, **world.toy)
+    assert theirs.read_text() == "mine"
+    forged.unlink()
 
 def test_a_torn_line_does_not_spoil_the_next(tmp_path):
     log = tmp_path/"runs.jsonl"
