@@ -636,6 +636,24 @@ def test_full_and_read_only_disks(world, small_disk, capsys):
     assert world.why(capsys, seed=7)["first"] == "changed: parameter seed"
 
 
+# The shipped results
+
+def test_the_run_ends_with_how_it_compares(tmp_path, monkeypatch, capsys):
+    "A line where there are shipped results of the scale with a table in common; else nothing."
+    own, shipped = tmp_path/"own", tmp_path/"shipped"
+    for folder, score in ((own, 2.0), (shipped, 1.0)):
+        (folder/"tables").mkdir(parents=True)
+        (folder/"tables/toy.csv").write_text(f"model,score,other\nours,{score},5.0\n")
+    def said(reference, results=own):
+        monkeypatch.setattr("boig.compare.reference_folder", lambda scale: reference if scale == "smoke" else None)
+        module._against(results, "smoke")
+        return capsys.readouterr().out
+    assert said(shipped).startswith(f"1 of 2 numbers in 1 tables agree with {shipped}")
+    assert said(None) == said(own) == ""
+    (shipped/"tables/toy.csv").rename(shipped/"tables/another.csv")
+    assert said(shipped) == ""
+
+
 # Locks and kills
 
 def test_second_run_says_so(world):
