@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .core import BoigError, atomic_path, digest, sha256_file, write_json
-from .results import _files, _read, running
+from .results import _files, _read, _record, running
 from .stages import Stage, load_stages, marker
 
 # %% ../nbs/95_front/99_crate.ipynb #39d164f5
@@ -24,7 +24,7 @@ def finished(
 ) -> list[dict]: # in the order in which they began
     "The records of a results folder's stages; BoigError where a file is not what its record says, or a stage is not finished."
     if (pid := running(results)[0]) is not None: raise BoigError(f"A run (pid {pid}) is at '{results}'. Wait for it, then describe its results.")
-    records = {p.stem: _read(p) for p in sorted((results/"provenance").glob("*.json")) if p.stem in stages}
+    records = {p.stem: _record(results, p.stem) for p in sorted((results/"provenance").glob("*.json")) if p.stem in stages}
     if not records: raise BoigError(f"No results in '{results}' yet. Run: boig reproduce")
     wrong = [f"{name}: its record cannot be read" for name, r in records.items() if not r]
     wrong += [f"{name}: not finished since it became stale" for name in records if not marker(results, name).exists()]

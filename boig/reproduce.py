@@ -33,7 +33,7 @@ from .estimate import expected, measured, seconds, time_left
 from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
 from .scales import load_scale
-from .stages import Step, check_notebook, choose, code_parts, load_stages, make_plan, marker, results_folder
+from .stages import Step, check_notebook, choose, code_parts, data_parts, load_stages, make_plan, marker, results_folder
 from .zoo import resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
@@ -147,12 +147,12 @@ def _failure(e, notebook: Path, running: Path, executed: Path) -> BoigError:
     return BoigError("\n".join([f"{notebook.name}, cell In [{e.exec_count}]: {e.ename}: {short}", *shown, f"  The notebook with its traceback: {executed}"]))
 
 # %% ../nbs/95_front/95_reproduce.ipynb #30ba7d37
-def _check_code(step: dict):
-    "BoigError if the code is no longer what the plan was made of: the result would stand under another code's key."
-    values = [v for k, v in step["params"].items() if k not in ("results", "run_dir")]
-    now, planned = code_parts(Path(step["notebook"]), values, Path(step["package"])), step["parts"]
+def _check_unchanged(step: dict):
+    "BoigError if code or data are no longer what the plan was made of: the result would stand under the key of others."
+    values = {k: v for k, v in step["params"].items() if k not in ("results", "run_dir")}
+    now, planned = data_parts(values) | code_parts(Path(step["notebook"]), values.values(), Path(step["package"])), step["parts"]
     if changed := sorted(k for k in now if now[k] != planned.get(k)):
-        raise BoigError(f"The code has changed since this run was planned ({', '.join(changed[:4])}{' …' * (len(changed) > 4)}). Start it again; what is finished and still stands is not repeated.")
+        raise BoigError(f"Code or data have changed since this run was planned ({', '.join(changed[:4])}{' …' * (len(changed) > 4)}). Start it again; what is finished and still stands is not repeated.")
 
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
@@ -164,7 +164,7 @@ def run_stage(results: Path, name: str, threads: int = 1):
     (run_dir := Path(step["params"]["run_dir"])).mkdir(parents=True, exist_ok=True)
     resumed = any(not p.name.startswith(".") for p in run_dir.iterdir()) # then its seconds are those of the last leg
     check_notebook(notebook, step["params"])
-    _check_code(step)
+    _check_unchanged(step)
     def record(state): return dict(done, notebook=step["executed"], state=state, seed=step["params"].get("seed"), parameters=step["params"],
                                    seconds=round(time.time() - start, 1), **_used(), resumed=resumed, provenance=origin)
     try:
@@ -172,6 +172,7 @@ def run_stage(results: Path, name: str, threads: int = 1):
         if lost := [o for o, stamp in before.items() if _stamp(results/o) in (None, stamp)]: raise BoigError(f"{notebook.name} ended without writing {', '.join(lost)}.")
         done["outputs"] = hashes(results, step["outputs"])
         refuse_secrets(results/o for o in done["outputs"])
+        _check_unchanged(step)  # notebooks import as they go
     except BoigError:
         _stamp_notebook(executed, record("failed"))
         raise
@@ -397,6 +398,7 @@ def reproduce(
         except BoigError as e: print(f"No page for now: {e}", flush=True)
     with only_run(results), _disk(results):
         if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
+        clean_logs(results, texts=True)  # of a run that was killed before it could
         redraw()
         if table is None: print(f"The page, drawn anew after each stage: {results/'index.html'}", flush=True)
         _run(plan(), results, notebooks, jobs, asked, folder, redraw)

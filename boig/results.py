@@ -33,6 +33,14 @@ def _read(path: Path) -> dict:
     try: return _object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
 
+def _record(results: Path, name: str) -> dict: # {} if it isn't there or is broken
+    "A stage's record; BoigError if it names files that are not below the results folder, as only a forged one does: they would be removed or copied."
+    path = results/"provenance"/f"{name}.json"
+    found = _read(path)
+    for file in (*found.get("outputs", ()), *found.get("inputs", ()), found.get("notebook", "")):
+        if Path(file).is_absolute() or ".." in Path(file).parts: raise BoigError(f"'{path}' names '{file}', which is not below the results folder. Remove this record, and run the stage again.")
+    return found
+
 def _lines(path: Path) -> list[dict]: # {} for a line that is broken, as after a full disk or a power cut
     "A file of one JSON object a line; [] if it isn't there."
     return [_object(l) for l in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.is_file() else []
@@ -66,7 +74,7 @@ def status(results, **toy) -> list[dict]: # stage, state, why, seconds, commit; 
     _, now = running(results)
     for s in planned(results, **toy):
         name = s.stage.name
-        record, last = _read(results/"provenance"/f"{name}.json"), _read(results/"notebooks"/f"{name}.ipynb").get("metadata", {}).get("boig", {})
+        record, last = _record(results, name), _read(results/"notebooks"/f"{name}.ipynb").get("metadata", {}).get("boig", {})
         failed = last.get("state") == "failed" and last["key"] == s.key
         state = "running" if name in now else "done" if not s.why else "failed" if failed else "kept" if s.kept else "stale" if record else "never run"
         origin = record.get("provenance", {})
@@ -109,11 +117,16 @@ def _files(results: Path, record: dict) -> list[Finding]:
 def _records(results: Path, record: dict, log: list[dict]) -> list[Finding]:
     "Where a stage's three records disagree."
     name, keys = record["stage"], ("key", "inputs", "outputs")
+    written = {k: v for k, v in record.items() if k != "parts"} # too long for a line
+    lines = [l for l in log if l.get("stage") == name and all(l.get(k) == record[k] for k in keys)]
     done = _read(results/".done"/f"{name}.json")
     if not done: return [Finding("missing", name, "its marker: the result was dropped as stale, or its rerun never ended")]
-    other = [k for k in keys if done.get(k) != record[k]]
+    other = [k for k in (*keys, "parts") if done.get(k) != record[k]]
     found = [Finding("changed", name, f"its record and its marker differ in {', '.join(other)}")] if other else []
-    if not any(all(l.get(k) == record[k] for k in keys) for l in log if l.get("stage") == name): found.append(Finding("changed", name, "runs.jsonl knows no such result"))
+    if not lines: return [*found, Finding("changed", name, "runs.jsonl knows no such result")]
+    if written not in lines:
+        other = [k for k in written | lines[-1] if written.get(k) != lines[-1].get(k)]
+        found.append(Finding("changed", name, f"its record and its line in runs.jsonl differ in {', '.join(other)}"))
     return found
 
 # %% ../nbs/95_front/99_results.ipynb #e6bf8a33
@@ -142,7 +155,7 @@ def verify(results, **toy) -> tuple[list[Finding], int]: # findings; the number 
     steps, here = {s.stage.name: s for s in planned(results, **toy)}, provenance()
     log = _lines(results/"runs.jsonl")
     found += [Finding("changed", "runs.jsonl", f"line {i} cannot be read") for i, l in enumerate(log, 1) if not l]
-    records = {p.stem: _read(p) for p in sorted((results/"provenance").glob("*.json"))}
+    records = {p.stem: _record(results, p.stem) for p in sorted((results/"provenance").glob("*.json"))}
     found += [Finding("changed", name, f"provenance/{name}.json cannot be read") for name, r in records.items() if not r]
     asked = _read(results/".asked.json")
     wanted = choose({n: s.stage for n, s in steps.items()}, asked.get("only", ()), asked.get("start", ()))
@@ -169,9 +182,9 @@ def leftovers(results: Path, steps: list[Step], every: set[str]) -> list[Path]:
     old = [d for d in (results/"runs").glob("*/*") if d.is_dir() and (d.parent.name, d.name) not in needed]
     half = [p for f in _FOLDERS for p in (results/f).rglob(".*") if ".tmp" in p.name or p.is_dir()]
     gone = [p.stem for p in (results/"provenance").glob("*.json") if p.stem not in every]
-    theirs = [results/f for n in gone for f in (*_read(results/"provenance"/f"{n}.json").get("outputs", {}), f"notebooks/{n}.ipynb", f"provenance/{n}.json", f".done/{n}.json")]
+    theirs = [results/f for n in gone for f in (*_record(results, n).get("outputs", {}), f"notebooks/{n}.ipynb", f"provenance/{n}.json", f".done/{n}.json")]
     claimed = {f for s in steps for f in s.stage.outputs}
-    return sorted({*old, *half, *(p for p in theirs if p.exists() and p.relative_to(results).as_posix() not in claimed)})
+    return sorted({*old, *half, *(p for p in theirs if p.is_file() and p.relative_to(results).as_posix() not in claimed)})
 
 def _freed(path: Path) -> int:
     "The bytes that removing a path frees; files with a second name free nothing."

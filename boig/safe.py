@@ -16,15 +16,16 @@ from urllib.parse import quote
 from .core import BoigError, write_text
 
 # %% ../nbs/00_core/04_safe.ipynb #09d137ff
-_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "pat"}
+_WORDS = {"key", "pat", "pwd", "bearer"}
+_ENDS = ("apikey", "accesskey", "secretkey", "privatekey", "token", "secret", "password", "passwd", "passphrase", "credential", "credentials") # of words: PGPASSWORD
 
 def sounds_secret(name: str) -> bool:
     "Whether a variable's name says that it holds a secret."
-    return bool(_WORDS & set(re.split(r"[^a-z]+", name.lower())))
+    return any(word in _WORDS or word.endswith(_ENDS) for word in re.split(r"[^a-z]+", name.lower()))
 
 def secrets() -> dict[str, str]: # name -> value
     "The secrets that this process was given in its environment."
-    return {n: v.strip() for n, v in os.environ.items() if sounds_secret(n) and len(v.strip()) >= 8}
+    return {n: v.strip() for n, v in os.environ.items() if sounds_secret(n) and n != "PWD" and len(v.strip()) >= 8} # PWD: the folder a shell is in
 
 # %% ../nbs/00_core/04_safe.ipynb #e5cdd642
 def check_parameters(params: dict):
@@ -91,12 +92,13 @@ def clean_logs(
     folder,
     since: float = 0, # as time.time(): files that have not changed after it are left alone
     but=(), # files and folders that somebody else looks after
+    texts: bool = False, # look into text files only: weights and pictures are large
 ):
     "Strike secrets out of the text files below `folder`; other files that hold one are removed."
     if not secrets(): return
     for path in [p for p in Path(folder).rglob("*") if not any(p.is_relative_to(b) for b in but)]:
         try:
-            if not path.is_file() or path.stat().st_ctime < since or not held(path): continue
+            if texts and path.suffix not in _TEXT or not path.is_file() or path.stat().st_ctime < since or not held(path): continue
             if path.suffix in _TEXT: write_text(path, redact(path.read_text(encoding="utf-8", errors="replace")))
             else: path.unlink()
         except FileNotFoundError: pass  # somebody else's temporary file, gone by now

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Stage', 'load_stages', 'makers', 'choose', 'bare', 'code_cells', 'imported', 'module_sources', 'code_parts',
-           'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters', 'check_notebook']
+           'data_parts', 'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters',
+           'check_notebook']
 
 # %% ../nbs/95_front/94_stages.ipynb #c096e90f
 import ast
 import json
+import os
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
@@ -17,10 +19,10 @@ from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
 
-from .core import BoigError, closest, digest, sha256_file
+from .core import BoigError, closest, digest, from_root, sha256_file
 from .kept import find
 from .safe import check_parameters
-from .scales import Scale
+from .scales import CHOICES, Scale
 from .zoo import entries
 
 # %% ../nbs/95_front/94_stages.ipynb #733ae1b2
@@ -156,12 +158,13 @@ def _pin(name: str) -> str | None:
 
 _APART = {"zoo.toml", "roles.toml"} # of the zoo: an entry counts by itself, where it is used
 
-def _tables(module: str, source: str, package: Path) -> dict: # path -> digest
-    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), in a folder of that name, or anywhere if `source` names them; comments don't count."
+def _tables(module: str, source: str, package: Path) -> dict: # name -> digest
+    "The TOML files that a module reads: beside it under its name (`x.toml`, `x.py`), in a folder of that name, or anywhere if `source` names them; comments don't count. And the HTML templates that it names."
     base = package.parent.joinpath(*module.split("."))
-    found = {base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else base.glob("*.toml"))}
-    found |= {f for name in re.findall(r"([\w-]+\.toml)['\"]", source) for f in package.rglob(name)}
-    return {str(f.relative_to(package)): digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(found) if f.is_file() and f.name not in _APART}
+    def named(ending): return {f for name in re.findall(rf"([\w-]+\.{ending})['\"]", source) for f in package.rglob(name)}
+    tables = {base.with_suffix(".toml"), *([] if (base/"__init__.py").is_file() else base.glob("*.toml"))} | named("toml")
+    return ({f"table {f.relative_to(package)}": digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(tables) if f.is_file() and f.name not in _APART}
+        | {f"template {f.relative_to(package)}": digest(f.read_text(encoding="utf-8")) for f in sorted(named("html"))})
 
 def _weights(code: str, values) -> dict: # name -> sha256
     "The zoo's entries that the code or a parameter names, and the ones those stand on."
@@ -175,14 +178,26 @@ def code_parts(
     values, # of the notebook's parameters
     package: Path, # the library's folder
 ) -> dict: # what of it changes when a result may
-    "All code, tables, weights and packages that a notebook's result depends on, by name."
+    "All code, tables, templates, weights and packages that a notebook's result depends on, by name."
     cells = code_cells(notebook)
     modules = module_sources(cells, package)
     return ({"notebook": digest(cells)}
         | {f"module {k}": digest(v) for k, v in sorted(modules.items())}
-        | {f"table {k}": v for m, source in sorted(modules.items()) for k, v in _tables(m, source, package).items()}
+        | {k: v for m, source in sorted(modules.items()) for k, v in _tables(m, source, package).items()}
         | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), values).items()}
         | {f"package {name}": _pin(name) for name in _PINNED})
+
+def _content(path: Path) -> str:
+    "Names, sizes and times of change of a file or of what is in a folder, hidden files aside: reading terabytes for each plan would take hours."
+    inside = [p for p in path.rglob("*") if not any(name.startswith(".") for name in p.relative_to(path).parts) and p.is_file()] if path.is_dir() else [path]
+    return digest(sorted((p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in inside))
+
+def data_parts(values: dict) -> dict: # of a notebook's parameters
+    "The data from outside that parameters name: pages, pictures, raters' answers, models of one's own."
+    known = entries() # a name of the zoo's means the zoo's, whatever lies in the project
+    def outside(k, v): return isinstance(v, str) and v and k not in CHOICES and k != "scale" and v not in known and os.path.exists(from_root(v))
+    fetched = {"media"} if values.get("download") else set() # the stage itself fills that folder
+    return {f"data {k}": _content(from_root(v)) for k, v in values.items() if k not in fetched and outside(k, v)}
 
 def parts(
     stage: Stage,
@@ -195,6 +210,7 @@ def parts(
     values = stage.parameters(scale)
     return ({"files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in values.items()}
+        | data_parts(values)
         | code_parts(notebooks/stage.notebook, values.values(), package)
         | {f"stage {name}": key for name, key in keys.items()})
 

@@ -124,6 +124,13 @@ def test_only_whole_results_are_described(folder, tmp_path):
     with pytest.raises(BoigError, match="No results"): write_crate(tmp_path/"nowhere", table=table)
 
 
+def test_a_record_cannot_have_files_copied_out(folder, tmp_path):
+    results, table = folder
+    record(results, "make", "2026-01-02T23:59:00+00:00", {}, write(results, "data/a b.parquet", b"rows") | write(results, "../evil.txt", b"evil"))
+    with pytest.raises(BoigError, match="names '../evil.txt', which is not below"): write_crate(results, tmp_path/"crates"/"out", table=table)
+    assert not (tmp_path/"crates").exists()
+
+
 def write_table(tmp_path):
     (tmp_path/"one.toml").write_text(TABLE.split("[use]")[0].replace("make", "other"))
     data = write(tmp_path/"smoke", "data/other.parquet", b"1")

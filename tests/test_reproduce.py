@@ -18,7 +18,7 @@ from boig import reproduce as module, stages, zoo
 from boig.core import BoigError, sha256_file
 from boig.reproduce import _append, only_run, reproduce, run_stage
 from boig.results import _repeatable, leftovers, planned, prune, status, verify
-from boig.stages import _weights, bare, check_notebook, imported, load_stages, make_plan, module_sources, parts, results_folder
+from boig.stages import _weights, bare, check_notebook, data_parts, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
 
 HEAD = 'results: str = ""\nrun_dir: str = ""\nscale: str = ""\nseed: int = 0\nbootstrap: int | None = 1'
@@ -134,6 +134,38 @@ def test_a_stage_whose_code_changed_after_the_plan_does_not_start(world):
     world.run()
     assert (world.results/"data/a.txt").read_bytes() != before
 
+def test_a_stage_whose_code_changes_while_it_runs_does_not_end_well(world):
+    world.notebook("first", FIRST + f"\nPath({str(world.root/'toylib/maths.py')!r}).write_text('def double(x): return 3*x\\n')")
+    with pytest.raises(BoigError, match=r"Stage first failed. Code or data have changed since this run was planned \(module toylib.maths\)"): world.run(only=["first"])
+    assert not [f for f in ("provenance/first.json", ".done/first.json", "runs.jsonl") if (world.results/f).exists()]
+
+def test_data_from_outside_are_in_the_key(world, capsys):
+    (folder := world.root/"answers").mkdir()
+    world.notebook("other", OTHER, head=HEAD + "\nanswers: str = ''")
+    (world.root/"stages.toml").write_text(TABLE.replace('section = "table1"', f'section = "table1"\nparams = {{answers = "{folder}"}}'))
+    (folder/"ada.json").write_text("1")
+    before = world.keys()
+    (folder/".DS_Store").write_text("looked at")
+    assert differ(before, world.keys()) == []
+    world.run(only=["other"])
+    (folder/"bob.json").write_text("2")
+    assert differ(before, world.keys()) == ["other"] and world.why(capsys)["other"] == "changed: data answers"
+    with pytest.raises(BoigError, match="data answers"): run_stage(world.results, "other")
+    (folder/"bob.json").unlink()
+    assert differ(before, world.keys()) == []
+    os.utime(folder/"ada.json", ns=(0, 0))
+    assert differ(before, world.keys()) == ["other"]
+
+def test_which_parameters_name_data(tmp_path, monkeypatch):
+    "Relative ones start at the project's root; what has a meaning of its own is no path."
+    monkeypatch.setattr(stages, "from_root", lambda path: tmp_path/path)
+    for name in ("pages", "paper", "pocket-sd"): (tmp_path/name).mkdir()
+    (tmp_path/"handles.txt").write_text("Adobe")
+    def named(**values): return list(data_parts(values))
+    assert named(pages="pages", handles="handles.txt", llm=str(tmp_path/"paper")) == ["data pages", "data handles", "data llm"]
+    assert named(scale="paper", verbalizer="paper", base="pocket-sd", release="", each=3, folder="nowhere") == []
+    assert named(media="pages", download=False) == ["data media"] and named(media="pages", download=True) == []
+
 def test_imported_module_changes_those_that_import_it(world):
     before = world.keys()
     world.lib("def double(x): return x + x\n")
@@ -194,6 +226,20 @@ def test_a_table_that_a_module_names_counts(world):
     assert differ(before, world.keys()) == []
     (world.root/"toylib/data/words.toml").write_text("a = 2")
     assert differ(before, world.keys()) == ["first", "second"]
+
+def test_a_template_that_a_module_names_counts(world):
+    (world.root/"toylib/templates").mkdir()
+    for name in ("asked", "unused"): (world.root/f"toylib/templates/{name}.html").write_text("<p>1</p>")
+    world.lib("def double(x): return 2 * x\ndef read(): return open('templates', 'asked.html')\n")
+    before = world.keys()
+    (world.root/"toylib/templates/unused.html").write_text("<p>2</p>")
+    assert differ(before, world.keys()) == []
+    (world.root/"toylib/templates/asked.html").write_text("<p>2</p>")
+    assert differ(before, world.keys()) == ["first", "second"]
+
+def test_the_questionnaire_is_in_the_key_of_what_writes_it(real):
+    template = "template templates/questionnaire.html"
+    assert template in real("instructbooth_tables") and template not in real("instructbooth")
 
 def test_tables_in_a_modules_folder_count(world):
     before = world.keys()
@@ -408,6 +454,17 @@ def test_a_stray_file_with_a_secret_is_struck_out(finished, monkeypatch):
     world.run(only=["other"])
     assert not leaks(world.results) and (world.results/"c.txt").read_text() == "50"
 
+def test_what_a_killed_run_has_left_is_cleaned_by_the_next(finished, monkeypatch):
+    world, _ = finished
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    left = world.results/"runs/other/0123/asked.jsonl"
+    left.parent.mkdir(parents=True)
+    left.write_text(KEY)
+    (weights := left.with_name("weights.bin")).write_bytes(KEY.encode())
+    world.run()
+    assert left.read_text() == "[OPENAI_API_KEY]" and leaks(world.results) == [weights], "only texts are looked into: weights are large"
+    shutil.rmtree(left.parent)
+
 def test_a_table_that_holds_a_secret_is_removed(finished, monkeypatch):
     world, _ = finished
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -494,7 +551,25 @@ def test_verify_finds_what_was_touched(finished):
     forged = record | {"outputs": {"c.txt": "0" * 64}}
     (world.results/"provenance/other.json").write_text(json.dumps(forged))
     assert ("changed", "other", "its record and its marker differ in outputs") in findings()
+    for k, v in dict(parameters=record["parameters"] | {"bootstrap": 9}, seed=1, seconds=0.1, provenance=record["provenance"] | {"commit": "0" * 40, "changed_since_commit": False}).items():
+        (world.results/"provenance/other.json").write_text(json.dumps(record | {k: v}))
+        assert findings() == {("changed", "other", f"its record and its line in runs.jsonl differ in {k}")}
+    (world.results/"provenance/other.json").write_text(json.dumps(record | {"parts": {}}))
+    assert findings() == {("changed", "other", "its record and its marker differ in parts")}
     (world.results/"provenance/other.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+@pytest.mark.parametrize("where", ["../outside.txt", "{root}/outside.txt"])
+def test_a_record_cannot_reach_outside(finished, where):
+    "As that of a stage which the table does not have any more: prune would remove its files."
+    world, _ = finished
+    (theirs := world.root/"outside.txt").write_text("mine")
+    forged = world.results/"provenance/gone.json"
+    record = json.loads((world.results/"provenance/other.json").read_text())
+    forged.write_text(json.dumps(record | {"stage": "gone", "outputs": {where.format(root=world.root): sha256_file(theirs)}}))
+    for look in (prune, verify):
+        with pytest.raises(BoigError, match="gone.json' names '.*outside.txt', which is not below the results folder. Remove this record"): look(world.results, **world.toy)
+    assert theirs.read_text() == "mine"
+    forged.unlink()
 
 def test_a_torn_line_does_not_spoil_the_next(tmp_path):
     log = tmp_path/"runs.jsonl"
@@ -574,6 +649,24 @@ def test_full_and_read_only_disks(world, small_disk, capsys):
     with pytest.raises(BoigError, match="Cannot write in .*Read-only file system. Choose a folder") as e: world.run(seed=7)
     assert len(str(e.value).splitlines()) == 1 and {r["state"] for r in status(world.results, **world.toy)} == {"done"}
     assert world.why(capsys, seed=7)["first"] == "changed: parameter seed"
+
+
+# The shipped results
+
+def test_the_run_ends_with_how_it_compares(tmp_path, monkeypatch, capsys):
+    "A line where there are shipped results of the scale with a table in common; else nothing."
+    own, shipped = tmp_path/"own", tmp_path/"shipped"
+    for folder, score in ((own, 2.0), (shipped, 1.0)):
+        (folder/"tables").mkdir(parents=True)
+        (folder/"tables/toy.csv").write_text(f"model,score,other\nours,{score},5.0\n")
+    def said(reference, results=own):
+        monkeypatch.setattr("boig.compare.reference_folder", lambda scale: reference if scale == "smoke" else None)
+        module._against(results, "smoke")
+        return capsys.readouterr().out
+    assert said(shipped).startswith(f"1 of 2 numbers in 1 tables agree with {shipped}")
+    assert said(None) == said(own) == ""
+    (shipped/"tables/toy.csv").rename(shipped/"tables/another.csv")
+    assert said(shipped) == ""
 
 
 # Locks and kills

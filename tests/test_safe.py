@@ -4,6 +4,7 @@ import json
 import math
 import tarfile
 import zipfile
+from dataclasses import fields
 from io import BytesIO
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -16,9 +17,11 @@ from PIL import Image
 
 from boig import estimate, zoo
 from boig.behaviour.finetune import _LeaveOut
-from boig.core import BoigError, made_by, png_record, save_png
+from boig.core import BoigError, made_by, png_record, project_root, save_png
 from boig.diffusion.tuning import step
-from boig.safe import clean_logs, held, redact, refuse_secrets, sounds_secret
+from boig.safe import check_parameters, clean_logs, held, redact, refuse_secrets, sounds_secret
+from boig.scales import SECTIONS
+from boig.stages import notebook_parameters
 
 KEY = "sk-'fake'\"\\<é>&0123456789"
 
@@ -28,8 +31,24 @@ def key(monkeypatch): monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
 def test_names_that_sound_secret():
-    assert all(map(sounds_secret, ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db-password", "X_BEARER_TOKEN", "GITHUB_PAT")))
-    assert not any(map(sounds_secret, ("max_new_tokens", "monkey", "PATH", "keyboard", "pattern", "tokenizer")))
+    assert all(map(sounds_secret, ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db-password", "X_BEARER_TOKEN", "GITHUB_PAT", "PGPASSWORD", "GITHUBTOKEN", "MYSQL_PWD", "X_BEARER", "OPENAIAPIKEY")))
+    assert not any(map(sounds_secret, ("max_new_tokens", "monkey", "PATH", "OLDPWD", "keyboard", "keywords", "pattern", "tokenizer", "TOKENIZERS_PARALLELISM")))
+
+def test_no_parameter_of_ours_sounds_secret():
+    notebooks = (project_root()/"nbs"/"90_experiments").glob("*.ipynb")
+    ours = {f.name for section in SECTIONS.values() for f in fields(section)}.union(*map(notebook_parameters, notebooks))
+    assert {"tokens", "max_new_tokens", "token_lr"} <= ours
+    check_parameters({name: "" for name in ours})
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "GITHUBTOKEN", "MYSQL_PWD", "X_BEARER"])
+def test_secrets_under_run_together_names_are_refused_and_struck_out(monkeypatch, name):
+    monkeypatch.setenv(name, "hunter2hunter2")
+    assert redact("with hunter2hunter2") == f"with [{name}]"
+    with pytest.raises(BoigError, match="looks like a secret"): check_parameters({name.lower(): "x"})
+
+def test_the_shells_folder_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/ada/boig")
+    assert redact("in /home/ada/boig") == "in /home/ada/boig"
 
 @pytest.mark.parametrize("write", [str, json.dumps, lambda s: json.dumps(s, ensure_ascii=False), lambda s: json.dumps(json.dumps({"a": s})), repr, html.escape, lambda s: quote(s, safe="")])
 def test_every_spelling_is_struck_out(write, tmp_path):
