@@ -110,7 +110,7 @@ def train_sd(
     pipe = assemble(vae, tower, tokenizer, unet, scheduler)
     with whole_files(folder) as tmp:
         pipe.to(torch.float16).save_pretrained(tmp)
-        save_log(pd.concat([log, more.assign(step=more.step + r["steps"])]), tmp)
+        save_log(pd.concat([log, more.assign(step=more.step + r["steps"], cpu_seconds=more.cpu_seconds + log.cpu_seconds.iloc[-1])]), tmp)
     return pipe.to(torch.float32)
 
 # %% ../../nbs/20_zoo/24_sd.ipynb #15a3730e
