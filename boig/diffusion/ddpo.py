@@ -158,7 +158,7 @@ def _check(c: DDPOConfig):
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #d02039d6
 def step_loss(
     new: torch.Tensor, # [B]: log p of the model in training
-    old: torch.Tensor, # [B]: log p of the model that drew
+    old: torch.Tensor, # [B]: log p of the model that drew; NaN of a path that broke, which teaches nothing
     mean: torch.Tensor, # [B, C, h, w]: of the model in training
     sigma: torch.Tensor, # [B or 1, 1, 1, 1]
     advantage: torch.Tensor, # [B]
@@ -166,9 +166,11 @@ def step_loss(
     base_mean: torch.Tensor | None = None, # [B, C, h, w]: the base model's, for the divergence
 ) -> tuple[torch.Tensor, torch.Tensor]: # loss [B]; [4, B]: loss, |ρ - 1|, is that above the clip, divergence
     "The loss of one step, and what to watch."
-    loss = ddpo_sf(new, advantage) if config.loss == "sf" else ddpo_is(new, old, advantage, config.clip)
+    whole = ~old.isnan()
+    old = old.where(whole, new.detach())  # ρ = 1, or the gradient would be NaN too
+    loss = (ddpo_sf(new, advantage) if config.loss == "sf" else ddpo_is(new, old, advantage, config.clip)).where(whole, 0)
     kl = torch.zeros_like(loss) if base_mean is None else (((mean - base_mean) / sigma)**2 / 2).mean(dim=(1, 2, 3))
-    off = ((new - old).exp() - 1).abs()
+    off, kl = ((new - old).exp() - 1).abs(), kl.where(whole, 0)
     return loss + config.kl * kl, torch.stack([loss, off, (off > config.clip).to(loss), kl]).detach()
 
 def path_loss(
@@ -249,10 +251,10 @@ def draw_batch(run: Run, texts: list[str], numbers: torch.Tensor, epoch: int, ke
     with run.autocast(): return sample(run.pipe, texts, seeds, c.steps, c.guidance, eta, c.negative, len(texts), starts, keep)
 
 def mend(paths: Trajectories) -> tuple[Trajectories, torch.Tensor]: # bool [B]: which were broken
-    "Paths without NaN or infinity; those that had some are emptied."
+    "Paths without NaN or infinity; those that had some are emptied, and have no log-probabilities."
     bad = ~paths.latents.isfinite().flatten(1).all(1)
     if not bad.any(): return paths, bad.cpu()
-    clean = dict(latents=paths.latents.masked_fill(bad.view(-1, 1, 1, 1, 1), 0), log_probs=paths.log_probs.nan_to_num())
+    clean = dict(latents=paths.latents.masked_fill(bad.view(-1, 1, 1, 1, 1), 0), log_probs=paths.log_probs.masked_fill(bad.view(-1, 1), torch.nan))
     return replace(paths, kept=(), **clean), bad.cpu()
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #4f895c82
@@ -268,7 +270,7 @@ def collect(
     "Draw this process's share of the pictures of some updates and ask what all of them are worth."
     c, a, updates, asked = run.config, run.accelerator, [], []
     numbers = torch.arange(c.samples).view(-1, c.batch_size)[which if which is not None else slice(None)]
-    with ThreadPoolExecutor(1) if c.overlap else nullcontext() as thread:
+    with run.together(), ThreadPoolExecutor(1) if c.overlap else nullcontext() as thread:
         for u, own in enumerate(numbers[:, a.process_index::a.num_processes]):
             updates.append([])
             for part in own.split(c.micro_batch):
@@ -292,9 +294,9 @@ def base_mean(run: Run, paths: Trajectories, i: torch.Tensor) -> torch.Tensor | 
     if not run.config.kl: return None
     unet = run.base or run.pipe.unet
     if run.base is None: unet.disable_adapters()
-    mean, _ = step_policy(unet, paths.steps, i, paths.latents[torch.arange(len(i), device=i.device), i], paths.states, paths.empty, run.config.guidance)
-    if run.base is None: unet.enable_adapters()
-    return mean
+    try: return step_policy(unet, paths.steps, i, paths.latents[torch.arange(len(i), device=i.device), i], paths.states, paths.empty, run.config.guidance)[0]
+    finally:
+        if run.base is None: unet.enable_adapters()
 
 def choose_steps(steps, numbers: torch.Tensor, config: DDPOConfig, epoch: int, inner: int) -> torch.Tensor: # int64 [B, K], on the steps' device
     "For each picture, by its number, which random steps are trained."
