@@ -16,7 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
+from dis import get_instructions
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
@@ -187,18 +192,55 @@ def path_loss(
     return step_loss(log_prob(paths.latents[rows, i + 1], mean, sigma), paths.log_probs[rows, i], mean, sigma, advantage, config, base_mean)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #84457aa5
-def _plain(x):
+def _plain(
+    x,
+    home: str = "", # the module whose functions and objects are looked into
+    seen: list | None = None, # the functions and objects that were
+):
     "What of a value can be compared with that of another process."
+    seen = [] if seen is None else seen
+    def plain(v): return _plain(v, home, seen)
     if isinstance(x, torch.Tensor): return fingerprint([x])
-    if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, set, frozenset)): return sorted(map(repr, x)) if isinstance(x, (set, frozenset)) else [_plain(v) for v in x]
-    return x if isinstance(x, (str, int, float, type(None))) else str(x) if isinstance(x, date) else type(x).__name__
+    if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
+    if isinstance(x, Mapping): return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (set, frozenset)): return sorted(map(repr, x))
+    if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+    if isinstance(x, (str, int, float, type(None))): return x
+    if isinstance(x, (date, PurePath, bytes, complex, slice, type(...), torch.device, torch.dtype)): return str(x)
+    if isinstance(x, (type, ModuleType, BuiltinFunctionType)): return x.__name__
+    if any(x is s for s in seen): return "again" # a function that calls itself, say
+    seen.append(x)
+    if hasattr(x, "name") and hasattr(x, "settings"): return [x.name, plain(x.settings)]
+    if hasattr(x, "__wrapped__") and not isinstance(x, FunctionType): return plain(x.__wrapped__) # of functools.cache
+    if isinstance(x, partial): return plain([x.func, x.args, x.keywords])
+    if isinstance(x, MethodType): return plain([x.__func__, x.__self__])
+    return _function(x, home, plain) if isinstance(x, FunctionType) else _object(x, home, plain)
+
+def _function(f, home: str, plain) -> list:
+    "A function's code, its defaults, and what it finds around it: all in its closure; of its module, if that is `home`, what its code names."
+    def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else plain(x) for x in code.co_consts]]
+    def named(code): return [i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"] + [n for x in code.co_consts if hasattr(x, "co_code") for n in named(x)]
+    there = f.__globals__ if f.__globals__.get("__name__") == home else {}
+    around = {n: there[n] for n in named(f.__code__) if n in there}
+    around = {n: v.__qualname__ if isinstance(v, FunctionType) and v.__module__ != home else plain(v) for n, v in around.items()}
+    return [of(f.__code__), plain(f.__defaults__), [plain(c.cell_contents) for c in f.__closure__ or ()], *filter(None, (plain(f.__kwdefaults__), around))]
+
+def _object(x, home: str, plain):
+    "An object's class, and its weights if it is a network; if the class is of `home`, also its code and what the object holds. A warning if that leaves nothing."
+    kind, net = type(x), isinstance(x, torch.nn.Module)
+    weights = [fingerprint([p for p in (*x.parameters(), *x.buffers()) if not p.is_meta])] if net else []
+    if kind.__module__ == home:
+        code = {n: plain(v) for n, v in vars(kind).items() if isinstance(v, FunctionType) or isinstance(v, (str, int, float)) and not n.startswith("__")}
+        return [kind.__qualname__, *weights, code, plain({k: v for k, v in getattr(x, "__dict__", {}).items() if not net or not k.startswith("_") and k != "training"})]
+    if not net and not hasattr(kind, "__enter__"): warnings.warn(f"A run cannot tell one {kind.__name__} from another, so it would go on with a reward that holds another one. Give such a reward a `name`, and `settings` that tell.", stacklevel=2)
+    return [kind.__name__, *weights] if net else kind.__name__
 
 def _making(reward) -> str: # 12 characters
-    "A name for what a reward is made of: its `settings`, if it has some; of a function without a `name`, its code."
-    def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else _plain(x) for x in code.co_consts]]
-    if hasattr(reward, "name") or not (code := getattr(reward, "__code__", None)): return digest(_plain(getattr(reward, "settings", None)))
-    return digest([of(code), _plain(reward.__defaults__), [_plain(c.cell_contents) for c in reward.__closure__ or ()]])
+    "A name for what a reward is made of: its `settings`, if it has some; without a `name`, its code and what it holds."
+    if hasattr(reward, "name") or hasattr(reward, "settings"): return digest(_plain(getattr(reward, "settings", None)))
+    inner = reward
+    while isinstance(inner, partial): inner = inner.func
+    return digest(_plain(reward, inner.__module__))
 
 def reward_plan(reward) -> dict:
     "What of a reward a run's plan holds."
