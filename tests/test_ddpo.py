@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from test_sampler import tiny
 
 from boig.core import BoigError
-from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, draw_batch, epoch_prompts, path_loss, score, standardize,
+from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, draw_batch, epoch_prompts, path_loss, reward_plan, score, standardize, step_loss,
                                  train_ddpo, window_eta)
 from boig.diffusion.pipeline import load_pipeline
 from boig.diffusion.sampler import log_prob, make_steps, sample, step_policy
@@ -166,7 +167,17 @@ def test_a_path_of_nan_counts_as_failed(tmp_path):
     run.pipe.unet.forward = broken
     updates, rewards, problem = collect(run, PROMPTS + PROMPTS[:1], brightness, None, 0)
     assert rewards.isnan().tolist() == [True, False, True, False] and "NaN" in problem
-    assert all(p.latents.isfinite().all() and p.log_probs.isfinite().all() for batches in updates for _, p in batches)
+    assert all(p.latents.isfinite().all() and p.log_probs.isnan().all(1).tolist() == [True, False] for batches in updates for _, p in batches)
+
+
+@pytest.mark.parametrize("loss", ["is", "sf"])
+def test_a_broken_path_teaches_nothing(loss):
+    "Though it has an advantage of 0 as a flat one, which still pays for its divergence."
+    new, mean = (torch.ones(2, *shape).mul(1.5).requires_grad_() for shape in ((), (1, 1, 1)))
+    found, watch = step_loss(new, torch.tensor([math.nan, 1.5]), mean, torch.ones(1, 1, 1, 1), torch.zeros(2), dataclasses.replace(SMALL, loss=loss, kl=0.3), torch.zeros(2, 1, 1, 1))
+    found.sum().backward()
+    assert found[0] == 0 and watch[:, 0].eq(0).all() and new.grad[0] == 0 and mean.grad[0] == 0
+    assert watch[:, 1].tolist() == [0, 0, 0, 1.125] and mean.grad[1] == pytest.approx(0.45)
 
 
 # --- training
@@ -245,6 +256,9 @@ def test_the_divergence_is_zero_at_the_base_and_by_the_formula(tmp_path, lora):
     want = torch.stack([torch.distributions.kl_divergence(torch.distributions.Normal(m, s), torch.distributions.Normal(b, s)).mean() for m, b, s in zip(mean, base, sigma)])
     torch.testing.assert_close(kl(), want)
     assert want.min() > 0 and all(p.requires_grad for p in run.params)
+    if lora:
+        with pytest.raises(RuntimeError): base_mean(run, dataclasses.replace(paths, states=paths.states[:, :, 1:]), i)
+        assert kl().min() > 0 # the adapters are on again
 
 
 def test_killed_and_gone_on(tmp_path):
@@ -270,21 +284,37 @@ def test_killed_and_gone_on(tmp_path):
     assert torch.equal(weights(resumed), weights(straight)) and log.reward.equals(log2.reward)
 
 
+def two_processes(code): # started, not waited for
+    "Two processes with gloo on the CPU, each with this file as `t`."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_ddpo as t\n{code}"
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    return [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(k), LOCAL_RANK=str(k)), stderr=subprocess.PIPE, text=True) for k in range(2)]
+
+
 def test_two_processes_are_one(tmp_path):
     "Two processes with gloo on the CPU: the same rewards and, but for the order of additions, the same weights."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    code = f"""if True:
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_ddpo as t
-        t.train({str(tmp_path/'two')!r}, t.PAIR)"""
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    both = [subprocess.Popen([sys.executable, "-c", code], env=env | dict(RANK=str(k), LOCAL_RANK=str(k))) for k in range(2)]
+    both = two_processes(f"t.train({str(tmp_path/'two')!r}, t.PAIR)")
     one, log = train(tmp_path/"one", PAIR)
-    assert [p.wait(300) for p in both] == [0, 0]
+    assert [(p.communicate(timeout=600), p.returncode)[1] for p in both] == [0, 0]
     two = StableDiffusionPipeline.from_pretrained(tmp_path/"two"/"pipeline")
     log2 = json.loads(json.dumps(torch.load(tmp_path/"two"/"checkpoint.pt", weights_only=True)["log"]))
     for column in ("reward", "reward_std", "loss", "grad_norm"): assert [row[column] for row in log2] == pytest.approx(log[column].tolist(), rel=1e-3, abs=1e-6)
     assert (weights(one) - weights(two)).abs().mean() < 1e-2 * (weights(one) - weights(tiny())).abs().mean()
+
+
+def test_two_trainings_in_one_launch_and_an_error_in_one_process(tmp_path):
+    "With a tracker, whose end must not be that of the processes' group; and an error in one must not leave the other waiting."
+    both = two_processes(f"""
+import os, test_tuning
+from dataclasses import replace
+test_tuning.tuning.get_available_trackers = lambda: ["notes"]
+one = replace(t.PAIR, epochs=1, tracker="notes")
+for k in range(2): t.train(f"{tmp_path}/{{k}}", one)
+t.train({str(tmp_path/'wrong')!r}, one, reward=lambda images, *_: images.mean() if os.environ["RANK"] == "1" else images.mean((1, 2, 3)))""")
+    said = [p.communicate(timeout=600)[1] for p in both]
+    assert "BoigError: Another process of this run stopped" in said[0] and "BoigError: A reward of 1 pictures has the shape [1]" in said[1]
+    for k in range(2): assert len(pd.read_csv(tmp_path/str(k)/"log.csv")) == 1 and (tmp_path/str(k)/"notes.txt").read_text().splitlines() == ["DDPOConfig", "lr 0.0001", "0 reward", "finished"]
 
 
 PAIR = dataclasses.replace(SMALL, lr=1e-4, weight_decay=0.0)
@@ -428,6 +458,71 @@ def test_another_reward_is_another_run(tmp_path):
         def __call__(self, images, prompts, context): return brightness(images, prompts)
     train(tmp_path/"told", one, reward=Told(form="sum"))
     with pytest.raises(BoigError, match="another code or settings"): train(tmp_path/"told", one, reward=Told(form="mean"))
+
+
+HOME = """
+from functools import cache, partial
+import torch
+SIGN = {sign}
+def helper(images): return {sign} * images.mean((1, 2, 3))
+def named(images, prompts, context): return helper(images)
+def number(images, prompts, context): return SIGN * images.mean((1, 2, 3))
+def keyword(images, prompts, context, *, sign={sign}): return sign * images.mean((1, 2, 3))
+def below(images, prompts, context): return [helper(i[None])[0] for i in images]
+def itself(images, prompts, context): return named(images, prompts, context) if len(images) < 2 else torch.cat([itself(images[:1], prompts, context), itself(images[1:], prompts, context)])
+def closed(inner): return lambda *given: inner(*given)
+def signed(images, prompts, context, sign): return sign * images.mean((1, 2, 3))
+part, around = partial(signed, sign={sign}), closed(named)
+no_grad = torch.no_grad()(named)
+@cache
+def made(): return {sign}
+def cached(images, prompts, context): return made() * images.mean((1, 2, 3))
+class Holds:
+    def __init__(self, sign): self.sign = sign
+    def __call__(self, images, prompts, context): return self.sign * images.mean((1, 2, 3))
+held, tensor, method = Holds({sign}), Holds(torch.tensor({sign})), Holds({sign}).__call__
+class Class(Holds):
+    def __call__(self, images, prompts, context): return {sign} * images.mean((1, 2, 3))
+of_class = Class(0)
+class Net(torch.nn.Module):
+    def __init__(self, sign): super().__init__(); self.weight = torch.nn.Parameter(torch.tensor(float(sign)))
+    def forward(self, images, prompts, context): return self.weight * images.mean((1, 2, 3))
+net, closed_net, in_net = Net({sign}), closed(Net({sign})), Holds(torch.nn.Linear(1, 1).requires_grad_({sign} > 0))
+torch.nn.init.constant_(in_net.sign.weight, {sign}); torch.nn.init.zeros_(in_net.sign.bias)
+"""
+REWARDS = "named number keyword below itself part around no_grad cached held tensor method of_class net closed_net in_net".split()
+
+
+def plans(sign): # of the rewards of HOME
+    home = {"__name__": "home"}
+    exec(HOME.format(sign=sign), home)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {n: reward_plan(home[n])["code or settings of the reward"] for n in REWARDS}
+
+
+def test_rewards_are_known_by_all_that_they_are_made_of():
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_ddpo, json; print(json.dumps(test_ddpo.plans(1)))"
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}).stdout
+    one, other = plans(1), plans(-1)
+    assert one == json.loads(elsewhere) and [n for n in REWARDS if one[n] == other[n]] == []
+
+
+def test_a_reward_that_cannot_be_told_from_another_says_so():
+    def reward(images, prompts, context): return seen(images)
+    seen = np.random.default_rng(0)
+    with pytest.warns(UserWarning, match="cannot tell one Generator from another.*`settings`"): reward_plan(reward)
+    def named(images, prompts, context): return seen(images)
+    named.name = "mine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward_plan(named)
+
+
+def test_plans_of_rewards_with_name_and_settings_stay():
+    "As checkpoints have them."
+    class Told: name, settings = "told", {"form": "sum", "weights": [1, 2.5], "of": torch.arange(3.0)}
+    assert reward_plan(Told()) == {"reward": "told", "code or settings of the reward": "ab5932b6563c"}
 
 
 def test_context_is_one_for_all_and_part_of_the_plan(tmp_path):

@@ -68,11 +68,18 @@ def test_every_step_is_the_closed_form_and_diffusers_step(kind, eta, clip):
                 torch.testing.assert_close(log_prob(theirs, mean, sigma), want, rtol=1e-8, atol=1e-8)
 
 
-def test_gradient_of_the_log_probability():
-    steps = make_steps(DDIMScheduler(prediction_type="v_prediction", clip_sample=False), 5, 0.7, dtype=torch.float64)
-    x, y = torch.randn(2, 2, 1, 2, 2, dtype=torch.float64)
-    for i in (0, 3, torch.tensor([1, 2])):
-        torch.autograd.gradcheck(lambda out: log_prob(y, step_mean(steps, i, x, out), steps.at("sigma", i)), torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True))
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("to_one", [False, True]) # then the last step has no chance
+def test_gradient_of_the_log_probability(kind, eta, clip, to_one):
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=clip, clip_sample_range=0.5, timestep_spacing="trailing", set_alpha_to_one=to_one)
+    steps, g = make_steps(scheduler, 5, eta, dtype=torch.float64), torch.Generator().manual_seed(1)
+    last = int((steps.sigma > 0).nonzero().max())
+    assert last == (3 if to_one else 4)
+    x, y, out = torch.randn(3, 2, 1, 2, 2, generator=g, dtype=torch.float64)
+    for i in (0, last, torch.tensor([0, last])):
+        torch.autograd.gradcheck(lambda out: log_prob(y, step_mean(steps, i, x, out), steps.at("sigma", i)), out.requires_grad_(), atol=1e-4)
 
 
 def test_places_of_their_own():

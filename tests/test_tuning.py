@@ -1,16 +1,38 @@
 "What all trainings of a denoiser share: no weight is rounded, no other run or base is taken for one's own, the watch sees what the result will be."
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, register_tracker_class
 from diffusers import StableDiffusionPipeline
 from test_sampler import tiny
 from test_sft import SMALL, train, weights
 
 from boig.core import BoigError, fingerprint
-from boig.diffusion.tuning import averaged
+from boig.diffusion import tuning
+from boig.diffusion.tuning import Tuning, averaged
+
+
+class Notes(GeneralTracker):
+    "A tracker that writes what it is told into a file; TensorBoard may not be installed."
+    name, requires_logging_directory, tracker = "notes", True, None
+    def __init__(self, project, folder): self.project, self.file = project, Path(folder)/"notes.txt"
+    def note(self, *words):
+        if PartialState().is_main_process:
+            self.file.parent.mkdir(exist_ok=True)
+            with open(self.file, "a") as f: print(*words, file=f)
+    def start(self): self.note(self.project)
+    def store_init_configuration(self, values): self.note("lr", values["lr"])
+    def log(self, values, step=None, **_): self.note(step, "reward" if "reward" in values else "loss")
+    def finish(self): self.note("finished")
+
+
+register_tracker_class(Notes)
 
 
 def everything(pipe): return {f"{part}.{n}": p.detach().clone() for part in ("unet", "vae", "text_encoder") for n, p in getattr(pipe, part).named_parameters()}
@@ -38,6 +60,26 @@ def test_a_watch_sees_the_average_that_is_saved(tmp_path):
     seen = []
     train(tmp_path, dataclasses.replace(SMALL, ema=0.5), watch=lambda pipe, epoch: seen.append(weights(pipe).clone()) or {})
     torch.testing.assert_close(weights(StableDiffusionPipeline.from_pretrained(tmp_path/"pipeline")), seen[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tracker", ["notes", "tensorboard"])
+def test_a_tracker_is_told_each_epoch(tmp_path, monkeypatch, tracker):
+    if tracker == "notes": monkeypatch.setattr(tuning, "get_available_trackers", lambda: ["notes"])
+    else: pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'boig[track]'")
+    train(tmp_path, dataclasses.replace(SMALL, tracker=tracker, epochs=1))
+    if tracker == "notes": assert (tmp_path/"notes.txt").read_text().splitlines() == ["SFTConfig", f"lr {SMALL.lr}", "0 loss", "finished"]
+    else: assert list((tmp_path/"SFTConfig").glob("events.*"))
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_processes_take_a_gpu_each_and_one_alone_stays_where_the_pipeline_lies(tmp_path, monkeypatch, launched):
+    asked = []
+    def accelerator(cpu, **_): return asked.append(cpu) or SimpleNamespace(distributed_type="MULTI_GPU" if launched else "NO", num_processes=3, device=torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **_: None) # it knows no "meta"
+    run = Tuning(tiny(), tmp_path, SMALL, {})
+    assert asked == [False] and run.device.type == run.pipe.unet.device.type == ("meta" if launched else "cpu")
 
 
 def test_averaged_puts_everything_back_after_an_error():

@@ -16,7 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
+from dis import get_instructions
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
@@ -158,7 +163,7 @@ def _check(c: DDPOConfig):
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #d02039d6
 def step_loss(
     new: torch.Tensor, # [B]: log p of the model in training
-    old: torch.Tensor, # [B]: log p of the model that drew
+    old: torch.Tensor, # [B]: log p of the model that drew; NaN of a path that broke, which teaches nothing
     mean: torch.Tensor, # [B, C, h, w]: of the model in training
     sigma: torch.Tensor, # [B or 1, 1, 1, 1]
     advantage: torch.Tensor, # [B]
@@ -166,9 +171,11 @@ def step_loss(
     base_mean: torch.Tensor | None = None, # [B, C, h, w]: the base model's, for the divergence
 ) -> tuple[torch.Tensor, torch.Tensor]: # loss [B]; [4, B]: loss, |ρ - 1|, is that above the clip, divergence
     "The loss of one step, and what to watch."
-    loss = ddpo_sf(new, advantage) if config.loss == "sf" else ddpo_is(new, old, advantage, config.clip)
+    whole = ~old.isnan()
+    old = old.where(whole, new.detach())  # ρ = 1, or the gradient would be NaN too
+    loss = (ddpo_sf(new, advantage) if config.loss == "sf" else ddpo_is(new, old, advantage, config.clip)).where(whole, 0)
     kl = torch.zeros_like(loss) if base_mean is None else (((mean - base_mean) / sigma)**2 / 2).mean(dim=(1, 2, 3))
-    off = ((new - old).exp() - 1).abs()
+    off, kl = ((new - old).exp() - 1).abs(), kl.where(whole, 0)
     return loss + config.kl * kl, torch.stack([loss, off, (off > config.clip).to(loss), kl]).detach()
 
 def path_loss(
@@ -185,18 +192,55 @@ def path_loss(
     return step_loss(log_prob(paths.latents[rows, i + 1], mean, sigma), paths.log_probs[rows, i], mean, sigma, advantage, config, base_mean)
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #84457aa5
-def _plain(x):
+def _plain(
+    x,
+    home: str = "", # the module whose functions and objects are looked into
+    seen: list | None = None, # the functions and objects that were
+):
     "What of a value can be compared with that of another process."
+    seen = [] if seen is None else seen
+    def plain(v): return _plain(v, home, seen)
     if isinstance(x, torch.Tensor): return fingerprint([x])
-    if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple, set, frozenset)): return sorted(map(repr, x)) if isinstance(x, (set, frozenset)) else [_plain(v) for v in x]
-    return x if isinstance(x, (str, int, float, type(None))) else str(x) if isinstance(x, date) else type(x).__name__
+    if isinstance(x, (np.ndarray, np.generic)): return plain(x.tolist())
+    if isinstance(x, Mapping): return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, (set, frozenset)): return sorted(map(repr, x))
+    if isinstance(x, (list, tuple)): return [plain(v) for v in x]
+    if isinstance(x, (str, int, float, type(None))): return x
+    if isinstance(x, (date, PurePath, bytes, complex, slice, type(...), torch.device, torch.dtype)): return str(x)
+    if isinstance(x, (type, ModuleType, BuiltinFunctionType)): return x.__name__
+    if any(x is s for s in seen): return "again" # a function that calls itself, say
+    seen.append(x)
+    if hasattr(x, "name") and hasattr(x, "settings"): return [x.name, plain(x.settings)]
+    if hasattr(x, "__wrapped__") and not isinstance(x, FunctionType): return plain(x.__wrapped__) # of functools.cache
+    if isinstance(x, partial): return plain([x.func, x.args, x.keywords])
+    if isinstance(x, MethodType): return plain([x.__func__, x.__self__])
+    return _function(x, home, plain) if isinstance(x, FunctionType) else _object(x, home, plain)
+
+def _function(f, home: str, plain) -> list:
+    "A function's code, its defaults, and what it finds around it: all in its closure; of its module, if that is `home`, what its code names."
+    def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else plain(x) for x in code.co_consts]]
+    def named(code): return [i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"] + [n for x in code.co_consts if hasattr(x, "co_code") for n in named(x)]
+    there = f.__globals__ if f.__globals__.get("__name__") == home else {}
+    around = {n: there[n] for n in named(f.__code__) if n in there}
+    around = {n: v.__qualname__ if isinstance(v, FunctionType) and v.__module__ != home else plain(v) for n, v in around.items()}
+    return [of(f.__code__), plain(f.__defaults__), [plain(c.cell_contents) for c in f.__closure__ or ()], *filter(None, (plain(f.__kwdefaults__), around))]
+
+def _object(x, home: str, plain):
+    "An object's class, and its weights if it is a network; if the class is of `home`, also its code and what the object holds. A warning if that leaves nothing."
+    kind, net = type(x), isinstance(x, torch.nn.Module)
+    weights = [fingerprint([p for p in (*x.parameters(), *x.buffers()) if not p.is_meta])] if net else []
+    if kind.__module__ == home:
+        code = {n: plain(v) for n, v in vars(kind).items() if isinstance(v, FunctionType) or isinstance(v, (str, int, float)) and not n.startswith("__")}
+        return [kind.__qualname__, *weights, code, plain({k: v for k, v in getattr(x, "__dict__", {}).items() if not net or not k.startswith("_") and k != "training"})]
+    if not net and not hasattr(kind, "__enter__"): warnings.warn(f"A run cannot tell one {kind.__name__} from another, so it would go on with a reward that holds another one. Give such a reward a `name`, and `settings` that tell.", stacklevel=2)
+    return [kind.__name__, *weights] if net else kind.__name__
 
 def _making(reward) -> str: # 12 characters
-    "A name for what a reward is made of: its `settings`, if it has some; of a function without a `name`, its code."
-    def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else _plain(x) for x in code.co_consts]]
-    if hasattr(reward, "name") or not (code := getattr(reward, "__code__", None)): return digest(_plain(getattr(reward, "settings", None)))
-    return digest([of(code), _plain(reward.__defaults__), [_plain(c.cell_contents) for c in reward.__closure__ or ()]])
+    "A name for what a reward is made of: its `settings`, if it has some; without a `name`, its code and what it holds."
+    if hasattr(reward, "name") or hasattr(reward, "settings"): return digest(_plain(getattr(reward, "settings", None)))
+    inner = reward
+    while isinstance(inner, partial): inner = inner.func
+    return digest(_plain(reward, inner.__module__))
 
 def reward_plan(reward) -> dict:
     "What of a reward a run's plan holds."
@@ -249,10 +293,10 @@ def draw_batch(run: Run, texts: list[str], numbers: torch.Tensor, epoch: int, ke
     with run.autocast(): return sample(run.pipe, texts, seeds, c.steps, c.guidance, eta, c.negative, len(texts), starts, keep)
 
 def mend(paths: Trajectories) -> tuple[Trajectories, torch.Tensor]: # bool [B]: which were broken
-    "Paths without NaN or infinity; those that had some are emptied."
+    "Paths without NaN or infinity; those that had some are emptied, and have no log-probabilities."
     bad = ~paths.latents.isfinite().flatten(1).all(1)
     if not bad.any(): return paths, bad.cpu()
-    clean = dict(latents=paths.latents.masked_fill(bad.view(-1, 1, 1, 1, 1), 0), log_probs=paths.log_probs.nan_to_num())
+    clean = dict(latents=paths.latents.masked_fill(bad.view(-1, 1, 1, 1, 1), 0), log_probs=paths.log_probs.masked_fill(bad.view(-1, 1), torch.nan))
     return replace(paths, kept=(), **clean), bad.cpu()
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #4f895c82
@@ -268,7 +312,7 @@ def collect(
     "Draw this process's share of the pictures of some updates and ask what all of them are worth."
     c, a, updates, asked = run.config, run.accelerator, [], []
     numbers = torch.arange(c.samples).view(-1, c.batch_size)[which if which is not None else slice(None)]
-    with ThreadPoolExecutor(1) if c.overlap else nullcontext() as thread:
+    with run.together(), ThreadPoolExecutor(1) if c.overlap else nullcontext() as thread:
         for u, own in enumerate(numbers[:, a.process_index::a.num_processes]):
             updates.append([])
             for part in own.split(c.micro_batch):
@@ -292,9 +336,9 @@ def base_mean(run: Run, paths: Trajectories, i: torch.Tensor) -> torch.Tensor | 
     if not run.config.kl: return None
     unet = run.base or run.pipe.unet
     if run.base is None: unet.disable_adapters()
-    mean, _ = step_policy(unet, paths.steps, i, paths.latents[torch.arange(len(i), device=i.device), i], paths.states, paths.empty, run.config.guidance)
-    if run.base is None: unet.enable_adapters()
-    return mean
+    try: return step_policy(unet, paths.steps, i, paths.latents[torch.arange(len(i), device=i.device), i], paths.states, paths.empty, run.config.guidance)[0]
+    finally:
+        if run.base is None: unet.enable_adapters()
 
 def choose_steps(steps, numbers: torch.Tensor, config: DDPOConfig, epoch: int, inner: int) -> torch.Tensor: # int64 [B, K], on the steps' device
     "For each picture, by its number, which random steps are trained."

@@ -63,7 +63,7 @@ def find_tracker(name: str) -> str: # "": none
     if name in ("", *have): return name
     if name != "auto": raise BoigError(f"There is no tracker '{name}' here. {'Install its package' if name in map(str, LOGGER_TYPE_TO_CLASS) else 'accelerate does not know it'}; here there are: {', '.join(have) or 'none'}.")
     if "tensorboard" in have: return "tensorboard"
-    warnings.warn("TensorBoard is not installed: the training is recorded in log.csv only.", stacklevel=3)
+    warnings.warn("TensorBoard is not installed (pip install 'boig[track]'): the training is recorded in log.csv only.", stacklevel=3)
     return ""
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #962a49a5
@@ -104,9 +104,9 @@ class Tuning:
         self.plan = self.whole_plan(pipe, config, plan)
         check_folder(folder, self.plan)
         self.tracker = find_tracker(config.tracker)
-        self.accelerator = Accelerator(cpu=pipe.device.type == "cpu", log_with=self.tracker or None, project_dir=str(folder))
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=self.tracker or None, project_dir=str(folder))
         check_share(config, self.accelerator.num_processes)
-        self.device = self.accelerator.device if self.accelerator.num_processes > 1 else pipe.device
+        self.device = pipe.device if self.accelerator.distributed_type == "NO" else self.accelerator.device
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         pipe.to(self.device, torch.float32)
         for part in (pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
@@ -132,6 +132,14 @@ class Tuning:
         return settings | {"model": plan.get("model") or fingerprint(pipe.unet.parameters())} | plan
 
     def autocast(self): return torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
+
+    @contextmanager
+    def together(self):
+        "An error in one process ends the block, and the run, in all: the others would wait for it for ever."
+        error = None
+        try: yield
+        except Exception as e: error = e
+        if self.accelerator.reduce(torch.tensor(float(error is not None), device=self.device)): raise error or BoigError("Another process of this run stopped with an error; mend what its message says.")
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #012f0d59
 def step(
@@ -163,7 +171,7 @@ def save_run(run: Tuning, **more):
 def load_run(run: Tuning) -> dict: # what `save_run` was given; empty if the run is new
     "Go on where the folder's run was, if there is one."
     if not (path := run.folder/"checkpoint.pt").exists(): return {}
-    state = torch.load(path, map_location=run.device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)  # a second copy on the GPU may be one too many
     for p, weight in zip(run.params + run.average, state["weights"] + state["average"], strict=True): p.data.copy_(weight)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -226,5 +234,5 @@ def train_epochs(
         if run.tracker: a.log(row, step=epoch)
         if a.is_main_process: save_run(run, **more())
     save_result(run)
-    if run.tracker: a.end_training()
+    for tracker in a.trackers: tracker.finish()  # not end_training(), which ends the group of processes too: another training may follow
     return pd.DataFrame(run.log)

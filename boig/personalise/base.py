@@ -230,7 +230,7 @@ def learn(
         if run.tracker: a.log(run.log[-1], step=i + 1)
         save_run(run)
     for p, average in zip(run.params, run.average): p.data.copy_(average)
-    if run.tracker: a.end_training()
+    for tracker in a.trackers: tracker.finish()
     return pd.DataFrame(run.log)
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #1ffe069c
