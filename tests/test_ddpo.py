@@ -258,7 +258,7 @@ def test_the_divergence_is_zero_at_the_base_and_by_the_formula(tmp_path, lora):
     assert want.min() > 0 and all(p.requires_grad for p in run.params)
     if lora:
         with pytest.raises(RuntimeError): base_mean(run, dataclasses.replace(paths, states=paths.states[:, :, 1:]), i)
-        assert kl().min() > 0 # the adapters are on again
+        assert not any(getattr(m, "disable_adapters", None) is True for m in run.pipe.unet.modules()) # the adapters are on again
 
 
 def test_killed_and_gone_on(tmp_path):
