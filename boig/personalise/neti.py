@@ -176,7 +176,7 @@ def train_neti(
 def load_neti(
     pipe: StableDiffusionPipeline, # a fresh one of the same model; is a NeTI afterwards
     folder,
-    keep: int | None = None, # hidden numbers to keep: fewer, less of the subject and more of the prompt; None: all
+    keep: int | None = None, # hidden numbers to keep: fewer are meant to give less of the subject and more of the prompt; None: all
 ) -> StableDiffusionPipeline: # the same
     "Give a pipeline the network that `train_neti` left in a folder."
     about = load_subject(folder)
