@@ -113,10 +113,12 @@ def test_assess_asks_each_benchmarks_own_model(both, rewards):
     with pytest.raises(BoigError, match="no reward for 'pocket_boigbench'"): assess(x, rows, {"pocket_stock": rewards["pocket_stock"]})
 
 
-def test_in_season_is_what_shows_something_of_the_requests_month(both, rewards, monkeypatch):
-    for r in rewards.values(): monkeypatch.setattr(r, "verbalizer", lambda images: [Verbalization({"Red": 1.0}, {"warm": 1.0, "neutral": 0, "cool": 0}, {thing: (10, 10, 50, 50)}) for thing in ("Christmas tree", "shoe", "Christmas tree")][:len(images)])
+def test_in_season_is_what_shows_something_of_the_requests_month_and_warm_the_share_of_warm_tones(both, rewards, monkeypatch):
+    seen = [Verbalization({"Red": 1.0}, {"warm": warm, "neutral": 1 - warm, "cool": 0}, {thing: (10, 10, 50, 50)}) for thing, warm in (("Christmas tree", 0.5), ("shoe", 0.25))]
+    for r in rewards.values(): monkeypatch.setattr(r, "verbalizer", lambda images: seen[:len(images)])
     at = both[both.bench == "pocket_boigbench"].iloc[[0, 1]], both[both.bench == "pocket_stock"].iloc[:1] # of 24 December; of 4 March
-    assert assess(pictures(3), pd.concat(at), rewards).in_season.tolist() == [1, 0, 0]
+    found = assess(pictures(3), pd.concat(at), rewards)
+    assert found.in_season.tolist() == [1, 0, 0] and found.warm.tolist() == [0.5, 0.25, 0.5]
 
 
 def test_reward_by_prompt(both, rewards):
