@@ -92,16 +92,17 @@ def train_clip_tokenizer(
     vocab_size: int = 2048,
 ) -> CLIPTokenizer:
     "CLIP's tokenizer with a vocabulary of its own."
-    empty = CLIPTokenizer()
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = empty.backend_tokenizer.normalizer, empty.backend_tokenizer.pre_tokenizer
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False, min_frequency=4,
-        end_of_word_suffix="</w>", initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    empty, letters = CLIPTokenizer().backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = {c: chr(0xE000 + i) for i, c in enumerate(letters)}  # a letter that ends a word as a letter of its own: the trainer's suffix would number them by chance
+    words = (w[:-1] + last[w[-1]] for t in texts for w, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(t)))
+    learner = Tokenizer(models.BPE())
+    learner.train_from_iterator(words, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False, min_frequency=4,
+        initial_alphabet=letters + list(last.values())))
+    def said(token):
+        for c, one in last.items(): token = token.replace(one, c + "</w>")
+        return token
     model = json.loads(learner.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()): vocab.setdefault(byte + "</w>", len(vocab))  # so that any word can end
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab={said(t): i for t, i in model["vocab"].items()}, merges=[tuple(map(said, m)) for m in model["merges"]], model_max_length=MAX_TOKENS)
 
 def zoo_tokenizer() -> CLIPTokenizer:
     "The tokenizer of all CLIP-like models of the pocket zoo; the same at every call."
