@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'Stage', 'load_stages', 'makers', 'choose', 'bare', 'code_cells', 'imported', 'module_sources', 'code_parts',
-           'data_parts', 'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan', 'notebook_parameters',
-           'check_notebook']
+           'project_of', 'data_parts', 'parts', 'Step', 'marker', 'results_folder', 'why_run', 'make_plan',
+           'notebook_parameters', 'check_notebook']
 
 # %% ../nbs/95_front/94_stages.ipynb #c096e90f
 import ast
@@ -19,7 +19,7 @@ from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
 
-from .core import BoigError, closest, digest, from_root, sha256_file
+from .core import BoigError, closest, digest, sha256_file
 from .kept import find
 from .safe import check_parameters
 from .scales import CHOICES, Scale
@@ -192,12 +192,19 @@ def _content(path: Path) -> str:
     inside = [p for p in path.rglob("*") if not any(name.startswith(".") for name in p.relative_to(path).parts) and p.is_file()] if path.is_dir() else [path]
     return digest(sorted((p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in inside))
 
-def data_parts(values: dict) -> dict: # of a notebook's parameters
+def project_of(notebook: Path) -> Path:
+    "Where a notebook runs: the folder that holds its `nbs`, or its own."
+    return next((p.parent for p in notebook.parents if p.name == "nbs"), notebook.parent)
+
+def data_parts(
+    notebook: Path, # relative paths start at its project
+    values: dict, # of its parameters
+) -> dict: # what of them changes when a result may
     "The data from outside that parameters name: pages, pictures, raters' answers, models of one's own."
-    known = entries() # a name of the zoo's means the zoo's, whatever lies in the project
-    def outside(k, v): return isinstance(v, str) and v and k not in CHOICES and k != "scale" and v not in known and os.path.exists(from_root(v))
+    project, known = project_of(notebook), entries() # a name of the zoo's means the zoo's, whatever lies in the project
+    def outside(k, v): return isinstance(v, str) and v and k not in CHOICES and k != "scale" and v not in known and os.path.exists(project/v)
     fetched = {"media"} if values.get("download") else set() # the stage itself fills that folder
-    return {f"data {k}": _content(from_root(v)) for k, v in values.items() if k not in fetched and outside(k, v)}
+    return {f"data {k}": _content(project/v) for k, v in values.items() if k not in fetched and outside(k, v)}
 
 def parts(
     stage: Stage,
@@ -210,7 +217,7 @@ def parts(
     values = stage.parameters(scale)
     return ({"files": [stage.inputs, stage.outputs]}
         | {f"parameter {k}": v for k, v in values.items()}
-        | data_parts(values)
+        | data_parts(notebooks/stage.notebook, values)
         | code_parts(notebooks/stage.notebook, values.values(), package)
         | {f"stage {name}": key for name, key in keys.items()})
 

@@ -156,12 +156,11 @@ def test_data_from_outside_are_in_the_key(world, capsys):
     os.utime(folder/"ada.json", ns=(0, 0))
     assert differ(before, world.keys()) == ["other"]
 
-def test_which_parameters_name_data(tmp_path, monkeypatch):
+def test_which_parameters_name_data(tmp_path):
     "Relative ones start at the project's root; what has a meaning of its own is no path."
-    monkeypatch.setattr(stages, "from_root", lambda path: tmp_path/path)
     for name in ("pages", "paper", "pocket-sd"): (tmp_path/name).mkdir()
     (tmp_path/"handles.txt").write_text("Adobe")
-    def named(**values): return list(data_parts(values))
+    def named(**values): return list(data_parts(tmp_path/"nbs/90_experiments/x.ipynb", values))
     assert named(pages="pages", handles="handles.txt", llm=str(tmp_path/"paper")) == ["data pages", "data handles", "data llm"]
     assert named(scale="paper", verbalizer="paper", base="pocket-sd", release="", each=3, folder="nowhere") == []
     assert named(media="pages", download=False) == ["data media"] and named(media="pages", download=True) == []
@@ -551,7 +550,7 @@ def test_verify_finds_what_was_touched(finished):
     forged = record | {"outputs": {"c.txt": "0" * 64}}
     (world.results/"provenance/other.json").write_text(json.dumps(forged))
     assert ("changed", "other", "its record and its marker differ in outputs") in findings()
-    for k, v in dict(parameters=record["parameters"] | {"bootstrap": 9}, seed=1, seconds=0.1, provenance=record["provenance"] | {"commit": "0" * 40, "changed_since_commit": False}).items():
+    for k, v in dict(parameters=record["parameters"] | {"bootstrap": 9}, seed=1, seconds=9e9, provenance=record["provenance"] | {"commit": "0" * 40, "changed_since_commit": False}).items():
         (world.results/"provenance/other.json").write_text(json.dumps(record | {k: v}))
         assert findings() == {("changed", "other", f"its record and its line in runs.jsonl differ in {k}")}
     (world.results/"provenance/other.json").write_text(json.dumps(record | {"parts": {}}))
