@@ -235,6 +235,7 @@ def _object(x, home: str, plain):
     if not net and not hasattr(kind, "__enter__"): warnings.warn(f"A run cannot tell one {kind.__name__} from another, so it would go on with a reward that holds another one. Give such a reward a `name`, and `settings` that tell.", stacklevel=2)
     return [kind.__name__, *weights] if net else kind.__name__
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #6b0d21aa
 def _making(reward) -> str: # 12 characters
     "A name for what a reward is made of: its `settings`, if it has some; without a `name`, its code and what it holds."
     if hasattr(reward, "name") or hasattr(reward, "settings"): return digest(_plain(getattr(reward, "settings", None)))
@@ -246,6 +247,7 @@ def reward_plan(reward) -> dict:
     "What of a reward a run's plan holds."
     return {"reward": getattr(reward, "name", getattr(reward, "__qualname__", type(reward).__name__)), "code or settings of the reward": _making(reward)}
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #6b0d21ab
 class Run(Tuning):
     "A training in memory."
     adapter, free = "ddpo", (*Tuning.free, "micro_steps", "keep_graph", "overlap")
