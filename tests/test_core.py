@@ -7,10 +7,13 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from boig import zoo
 from boig.core import BoigError, atomic_path, derive_seed, get_device, provenance, write_text
+from boig.once import once
 from boig.report import write_report
 
 
@@ -28,6 +31,44 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         text = target.read_text()
         assert len(text) == 100_000 and len(set(text)) == 1
         write_text(target, "0" * 100_000)
+
+
+def test_a_killed_stage_asks_again_only_what_was_not_answered(tmp_path):
+    "kill -9 in the second of three tables: the first is found, whole, and the numbers are those of a run that was left alone."
+    code = ("import sys, time\nimport numpy as np, pandas as pd\nfrom boig.once import once\n"
+            "for n in range(3):\n"
+            "    def make():\n"
+            "        open(sys.argv[1] + '/asked', 'a').write(str(n))\n"
+            "        if n == 1 and sys.argv[2] == 'slow': time.sleep(600)\n"
+            "        return pd.DataFrame({'p': list(np.random.default_rng(n).normal(size=(2, 3)))})\n"
+            "    for p in once(sys.argv[1], f'judge {n}', make, [n]).p: print(p.tobytes().hex())\n")
+    def start(folder, speed): return subprocess.Popen([sys.executable, "-c", code, str(folder), speed], stdout=subprocess.PIPE, text=True)
+    folder, alone = tmp_path/"killed", tmp_path/"alone"
+    folder.mkdir(); alone.mkdir()
+    p = start(folder, "slow")
+    while not (folder/"asked").exists() or (folder/"asked").read_text() != "01":
+        assert p.poll() is None
+        time.sleep(0.02)
+    os.kill(p.pid, signal.SIGKILL); p.wait()
+    assert [f.name.split("_")[1] for f in (folder/"once").iterdir()] == ["0"]
+    assert start(folder, "fast").communicate()[0] == start(alone, "fast").communicate()[0] != ""
+    assert (folder/"asked").read_text() == "0112" and (alone/"asked").read_text() == "012"
+
+
+def test_another_question_is_another_table(tmp_path):
+    made = []
+    def make():
+        made.append(1)
+        return pd.DataFrame({"p": [np.array([0.1, 0.9]), np.array([0.5])], "text": ["é", ""]})
+    first = once(tmp_path, "a judge / of taste", make, ["id 1"], 42, "weights")
+    assert made == [1] and first.p[0].tolist() == [0.1, 0.9] and list(first.text) == ["é", ""]
+    for of in ((["id 2"], 42, "weights"), (["id 1"], 43, "weights"), (["id 1"], 42, "others")): once(tmp_path, "a judge / of taste", make, *of)
+    once(tmp_path, "a judge of taste", make, ["id 1"], 42, "weights")
+    assert len(made) == 5 == len(list((tmp_path/"once").iterdir()))
+    pd.testing.assert_frame_equal(once(tmp_path, "a judge / of taste", make, ["id 1"], 42, "weights"), first)
+    assert len(made) == 5
+    with pytest.raises(ZeroDivisionError): once(tmp_path, "wrong", lambda: 1 / 0)
+    assert len(list((tmp_path/"once").iterdir())) == 5
 
 
 def test_files_are_as_readable_as_any_other_whoever_writes(tmp_path):

@@ -32,6 +32,13 @@ def test_one_account_is_spearman_with_ties(data):
     assert abs(rank_within(np.round(score), kpi, bucket, np.zeros(47))["Spearman"] - by_hand) < 1e-12
 
 
+def test_accounts_of_one_picture_have_no_order():
+    "Nothing to rank is a row of gaps, not a crash; a table of few pictures still has its other rows."
+    found = rank_within([0.1, 0.2, 0.3], [1, 2, 3], ["low", "medium", "high"], ["a", "b", "c"], 20)
+    assert np.isnan([found[k] for k in ("Spearman", "Spearman low", "Spearman high", "AUC", "AUC low", "AUC high")]).all()
+    assert (found["n"], found["accounts"], found["pairs"]) == (3, 0, 0)
+
+
 def test_auc_counts_pairs_within_accounts(data):
     kpi, bucket, account, score = data
     score = np.round(score)

@@ -46,7 +46,7 @@ def rank_within(
     sums = np.stack([_sums(score[m].astype(float), kpi[m], bucket[m]) for m in (account == a for a in dict.fromkeys(account.tolist()))])
     sums = sums[sums[:, 1] > 0]  # a lone picture, or equal outcomes, have no order
     spearman, auc = _statistics(sums.sum(0))
-    W = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / max(len(sums), 1)), size=resamples)
+    W = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) if len(sums) else np.zeros((resamples, 0))
     low, high = interval(_statistics(W @ sums), len(sums))
     return {"Spearman": spearman, "Spearman low": low[0], "Spearman high": high[0], "AUC": auc, "AUC low": low[1], "AUC high": high[1],
             "n": len(score), "accounts": len(sums), "pairs": int(sums[:, 4].sum())}
