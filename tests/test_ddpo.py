@@ -317,6 +317,27 @@ t.train({str(tmp_path/'wrong')!r}, one, reward=lambda images, *_: images.mean() 
     for k in range(2): assert len(pd.read_csv(tmp_path/str(k)/"log.csv")) == 1 and (tmp_path/str(k)/"notes.txt").read_text().splitlines() == ["DDPOConfig", "lr 0.0001", "0 reward", "finished"]
 
 
+def test_whatever_fails_in_one_process_ends_both(tmp_path):
+    "What watches, the log that cannot be written, the result that cannot be put in its place: one process meets it, both end, and with a word each; then they can train."
+    both = two_processes(f"""
+import os
+from dataclasses import replace
+from pathlib import Path
+one, first = replace(t.PAIR, epochs=1), os.environ["RANK"] == "0"
+def watch(*_): return dict(seen=1.0) if first else dict(seen=1 / 0)
+for name, more in (("watched", dict(watch=watch)), ("log.csv", {{}}), ("pipeline", {{}}), ("fine", {{}})):
+    folder = Path({str(tmp_path)!r})/name
+    if name == "log.csv" and first: (folder/name).mkdir(parents=True)
+    if name == "pipeline" and first: folder.mkdir(); (folder/name).touch()
+    try: t.train(folder, one, **more)
+    except Exception as e: print(name, type(e).__name__, "other" if "Another process" in str(e) else "own", file=sys.stderr)
+    else: print(name, "done", file=sys.stderr)""")
+    said = [[line for line in p.communicate(timeout=600)[1].splitlines() if line.split()[:1] and line.split()[0] in ("watched", "log.csv", "pipeline", "fine")] for p in both]
+    assert said == [["watched BoigError other", "log.csv IsADirectoryError own", "pipeline NotADirectoryError own", "fine done"],
+                    ["watched ZeroDivisionError own", "log.csv BoigError other", "pipeline BoigError other", "fine done"]]
+    assert (tmp_path/"fine"/"pipeline"/"model_index.json").is_file() and not (tmp_path/"watched"/"pipeline").exists()
+
+
 PAIR = dataclasses.replace(SMALL, lr=1e-4, weight_decay=0.0)
 
 

@@ -198,15 +198,15 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
     pipe, name = run.pipe, "adapter" if run.config.lora_rank else "pipeline"
     pipe.scheduler = run.scheduler
     restore(run, *(part for part in run.before if part != "unet"))
-    if run.accelerator.is_main_process:
-        with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{name}.") as tmp:
-            if run.config.lora_rank:
-                layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=run.adapter))
-                pipe.save_lora_weights(f"{tmp}/new", unet_lora_layers=layers)
-            else: pipe.save_pretrained(f"{tmp}/new")
-            shutil.rmtree(run.folder/name, ignore_errors=True)
-            Path(tmp, "new").rename(run.folder/name)
-    run.accelerator.wait_for_everyone()
+    with run.together():
+        if run.accelerator.is_main_process:
+            with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{name}.") as tmp:
+                if run.config.lora_rank:
+                    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=run.adapter))
+                    pipe.save_lora_weights(f"{tmp}/new", unet_lora_layers=layers)
+                else: pipe.save_pretrained(f"{tmp}/new")
+                shutil.rmtree(run.folder/name, ignore_errors=True)
+                Path(tmp, "new").rename(run.folder/name)
     if (half := run.before["unet"]) != torch.float32: warnings.warn(f"The pipeline in memory is {str(half).removeprefix('torch.')} again, which rounds what was learned; {run.folder/name} has it whole.", stacklevel=2)
     restore(run, "unet")
     return run.folder/name
@@ -222,17 +222,19 @@ def train_epochs(
 ) -> pd.DataFrame: # the log, one row an epoch
     "Train from where the log ends, a checkpoint after each epoch; then save the result."
     a = run.accelerator
-    if run.tracker: a.init_trackers(type(run.config).__name__, asdict(run.config))
+    with run.together():
+        if run.tracker: a.init_trackers(type(run.config).__name__, asdict(run.config))
     bar = tqdm(range(len(run.log), run.config.epochs), initial=len(run.log), total=run.config.epochs, disable=not progress or not a.is_main_process)
     for epoch in bar:
         seed_everything(derive_seed(run.config.seed, "epoch", epoch)) # for rewards that draw
         row = one_epoch(epoch)
         if watch:
-            with averaged(run): row |= {k: float(v) for k, v in watch(run.pipe, epoch).items()}
+            with run.together(), averaged(run): row |= {k: float(v) for k, v in watch(run.pipe, epoch).items()}
         run.log.append(row)
         bar.set_postfix({show: f"{row[show]:.4g}"})
-        if run.tracker: a.log(row, step=epoch)
-        if a.is_main_process: save_run(run, **more())
+        with run.together():
+            if run.tracker: a.log(row, step=epoch)
+            if a.is_main_process: save_run(run, **more())
     save_result(run)
     for tracker in a.trackers: tracker.finish()  # not end_training(), which ends the group of processes too: another training may follow
     return pd.DataFrame(run.log)
