@@ -257,7 +257,7 @@ def what_is_learnt(
     train: GroupDataset, valid: GroupDataset,
     **settings, # of `finetune`
 ) -> dict: # by name
-    "What a run's weights depend on, but for rounding: parts, packing and processes may change when it goes on."
+    "What a run's weights depend on; parts, packing and processes may change when it goes on: they only round otherwise, and validate in other batches."
     def rows(data): return digest([digest(g) for g in data.groups])
     parameters = [(n, list(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()]
     # the name of the weights' folder, not its place, which may be another after a move

@@ -84,7 +84,7 @@ def verbalization_grammar(
     resolution: tuple[int, int], # width, height in pixels, at most 256 each
     most_objects: int = 5,
 ) -> str: # in llguidance's Lark dialect
-    "The grammar of all verbalisations that obey the schema; only names of objects may repeat, which no grammar can forbid."
+    "The grammar of verbalisations that obey the schema, with 1 to `most_objects` objects of up to 40 characters; only names may repeat, which no grammar can forbid."
     if not all(1 <= side <= 256 for side in resolution):
         raise BoigError(f"Boxes are spelt out pixel by pixel, up to 256 a side; the picture is {resolution}. Scale the boxes down first.")
     start = "start: " + _literal('{"color and tones": {"colors": {') + f" color::{_ALL}"

@@ -84,9 +84,7 @@ def check_room(
 # %% ../../nbs/60_behaviour/64_incontext.ipynb #a3f6913c
 def common_length(ids: list[list[int]]) -> int:
     "How many first tokens all conversations share; at least one is left to each, for something must ask for the answer."
-    if not ids: return 0
-    low, high = min(ids), max(ids)  # what the first and the last in dictionary order share, all share
-    return min(next((n for n, (a, b) in enumerate(zip(low, high)) if a != b), len(low)), min(map(len, ids)) - 1)
+    return min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1) if ids else 0
 
 # %% ../../nbs/60_behaviour/64_incontext.ipynb #02deb050
 class SharedStart(DynamicLayer):
@@ -221,8 +219,8 @@ def _send(client: httpx.Client, url: str, body: dict, timeout: float) -> Reply:
                 if len(data) > LONGEST or time.monotonic() > end: return Reply(0, "it does not come to an end", charged=True)
             text = data.decode(errors="replace").replace(key, "…")
             return Reply(r.status_code, text, r.headers.get("retry-after", ""), r.status_code == 200)
-    except httpx.HTTPError as e:
-        return Reply(0, type(e).__name__, charged=not isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)))
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        return Reply(0, type(e).__name__, charged=not isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.InvalidURL)))
 
 def _read(text: str) -> dict | None:
     "An answer and its tokens (None where the server does not count); None if this is no answer."

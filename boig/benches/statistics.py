@@ -232,7 +232,7 @@ def looks_figure(
     ax.barh(range(len(frame)), frame.difference, xerr=frame["±"], color=colours, edgecolor="0.5", error_kw={"lw": 0.8, "ecolor": "0.3"})
     ax.set_yticks(range(len(frame)), [f"{name}  ({n:,})" for name, n in zip(frame.index, frame.n)], fontsize=7)
     ax.invert_yaxis(); ax.axvline(0, color="k", lw=0.6); ax.locator_params(axis="x", nbins=6)
-    ax.set(xlabel=f"share of {frame.columns[1]} less share of {frame.columns[-3]}"); ax.set_title(f"{frame.index.name} that go with success (pictures)", fontsize=9)
+    ax.set(xlabel=f"share of {frame.columns[1]} less share of {frame.columns[-3]}"); ax.set_title(f"{frame.index.name} that go with success (number of pictures), 95 % intervals", fontsize=9)
     return fig
 
 # %% ../../nbs/48_benches/54_statistics.ipynb #9ca71ad0
@@ -257,7 +257,7 @@ def over_time(
         for ax in (top, bottom): ax.tick_params(labelsize=6)
         bottom.xaxis.set_major_locator(plt.matplotlib.dates.AutoDateLocator(maxticks=6)); bottom.tick_params(axis="x", rotation=45)
     axes[0, 0].set_ylabel(f"{what} in a {dict(M='month', Q='quarter', Y='year').get(every[0], every)}", fontsize=7)
-    axes[1, 0].set_ylabel(f"{kpi}; line: median", fontsize=7)
+    axes[1, 0].set_ylabel(f"{kpi} (0 at 0.5); line: median", fontsize=7)
     return fig
 
 # %% ../../nbs/48_benches/54_statistics.ipynb #8aa14bf5

@@ -152,7 +152,7 @@ def show_verbalization(
     ax.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(0, w, h, 0))
     for name, (x1, y1, x2, y2) in v.objects.items():
         for color, line in (("white", 2.5), ("red", 1)): ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=line))
-        ax.text(x1, y1, name, fontsize=6, va="bottom", bbox={"pad": 0.5, "lw": 0, "fc": (1, 1, 1, 0.7)})
+        ax.text(x1, y1, name, fontsize=6, va="top" if y1 < 0.1 * h else "bottom", bbox={"pad": 0.5, "lw": 0, "fc": (1, 1, 1, 0.7)})
     left = 0
     for name, c in v.colors.items():
         ax.add_patch(Rectangle((left * w, 1.04 * h), c * w, 0.1 * h, facecolor=PALETTE_HEX[name], edgecolor="0.6", clip_on=False))
