@@ -102,6 +102,7 @@ def test_questions_rivals_and_controls(made):
     data = made[1]
     pairs = pick_cases(data, "pair", 12)
     assert len(pairs) == 12 and 0 < pairs.seen.sum() < 12 and (pairs.split == "test").all() and pick_cases(data, "pair", 12).index.equals(pairs.index)
+    assert [len(pick_cases(data, "pair", n)) for n in (1, 3, 5)] == [1, 3, 5]  # odd numbers lose none
     class Mean:
         name = "mean"
         def __call__(self, x, prompts, context=None): return x.mean((1, 2, 3))
@@ -140,6 +141,7 @@ def test_a_server_is_asked_with_the_appendixs_words_and_never_without_a_price(ma
     liked, first = server_question([b"a"], [True], (b"x", b"y"))[0]["content"], server_pairs(made[1], pick_cases(made[1], "pair", 3), 1)[1]
     assert [p["image_url"]["url"][-4:] for p in liked if p["type"] == "image_url"] == ["YQ==", "eA==", "eQ=="] and set(first) <= {0, 1}
     assert [read_index(a) for a in ("Image 1 is warmer.", "0", "10", "0.5 and 1", "")] == [1, 0, None, 1, None]
+    assert [read_index(a) for a in ("1, for image 0 is cold", "The index: 0. Not 1.", "Comparing image 0 with image 1, the user would prefer image 1.", "Both are warm; I'd say 1.")] == [1, 0, None, 1]
     assert server_scores(["1", "1"], np.array([1, 0]))[0].tolist() == [1, 0] and server_scores(["1"], np.array([0]))[0].tolist() == [0, 1]
 
 

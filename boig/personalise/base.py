@@ -201,7 +201,7 @@ def prepare(
 ) -> tuple[torch.Tensor, dict]: # the subject's pictures; the plan so far
     "What every method begins with: all that can be wrong is said before the pipeline is changed or anything is drawn."
     Learner.check(pipe, config)
-    check_fresh(pipe)
+    check_fresh(pipe, getattr(config, "word", ""))
     check_words(pipe.tokenizer, subject, identifier)
     pictures = read_pictures(subject.pictures, picture_size(pipe))
     plan = Learner.whole_plan(pipe, config, {"noun": subject.noun, "pictures": fingerprint(pictures)} | plan)

@@ -35,7 +35,7 @@ def instruct_prompts(
 
 # %% ../../nbs/80_personalise/85_instructbooth.ipynb #7b589e6b
 class Plainly:
-    "A reward that is given its prompts without the identifier."
+    "A reward that is given its prompts without identifier and description."
     def __init__(self, reward, subject: Subject, templates): # of the prompts
         self.reward, self.plain = reward, {subject.prompt(t): subject.prompt(t, identifier=False) for t in templates}
         self.settings = reward_plan(reward) # by which a run knows it
@@ -63,7 +63,7 @@ def train_rl(
     start, # folder of the DreamBooth run that the pipeline comes from
     rl: DDPOConfig = INSTRUCT,
     both: bool = True, # prompts with and without identifier
-    plainly: bool = True, # the reward reads prompts without it
+    plainly: bool = True, # the reward reads prompts without identifier and description
     watch=None, # (pipe, epoch) -> {name: number}: more columns for the log
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log, one row an epoch

@@ -40,7 +40,7 @@ def pick_cases(
     test = data.cases[(data.cases.kind == kind) & (data.cases.split == "test")]
     if not len(test): raise BoigError(f"There is no test question of the kind '{kind}': it takes more users or prompts.")
     order = {s: list(np.random.default_rng(derive_seed(seed, "cases", kind, s)).permutation(part.index)) for s, part in test.groupby("seen")}
-    half = {s: max(n // 2, n - sum(len(o) for t, o in order.items() if t != s)) for s in order}
+    half = {s: max((n + int(s)) // 2, n - sum(len(o) for t, o in order.items() if t != s)) for s in order}
     return test.loc[[i for s, o in order.items() for i in o[:half[s]]]].sort_index()
 
 # %% ../../nbs/70_preference/74_baselines.ipynb #81e6a44f
@@ -142,9 +142,10 @@ def server_question(
         picture(candidates[1]), said(". Output only the index (0 or 1) of the image the user would prefer, with explanation.")]}]
 
 def read_index(answer: str) -> int | None: # None: it names none
-    "The index in an answer: the first 0 or 1 that stands alone."
-    m = re.search(r"(?<![\d.])([01])(?![\d.]*\d)", answer)
-    return int(m[1]) if m else None
+    "The index in an answer: what it begins with, or the only one of 0 and 1 that stands alone in it."
+    found = re.findall(r"(?<![\d.])([01])(?![\d.]*\d)", answer)
+    first = re.match(r"\W*(?:the )?(?:index|image|answer)?\W*([01])(?![\d.]*\d)", answer, re.IGNORECASE)
+    return int(first[1]) if first else int(found[0]) if len(set(found)) == 1 else None
 
 def server_pairs(
     data: Histories,
