@@ -102,3 +102,17 @@ def test_k_means_finds_what_is_there_whatever_the_seed():
         row = cluster_row(x, 4, truth, seed)
         assert row["adjusted rand"] == 1 and row["silhouette"] > 0.6 and row["davies-bouldin"] < 0.5
     assert np.isnan(cluster_row(x, 2)["adjusted rand"]) and (k_means(x, 4, seed=5) == k_means(x, 4, seed=5)).all()
+
+
+def test_nothing_is_lost_in_differences_of_large_numbers():
+    "Far from the origin, near each other: two clusters with one centre are not told apart, and k-means finds the six points."
+    x = np.random.default_rng(0).normal(size=(4, 50))[[0, 1, 0, 1]] + 3
+    assert davies_bouldin(x, [0, 0, 1, 1]) == np.inf
+    near = 1e4 + np.arange(6)[:, None] * 1e-6 * np.ones((1, 2))
+    assert len(set(k_means(near, 6))) == 6
+
+
+def test_no_case_and_unknown_users():
+    assert np.isnan(choice_row(np.zeros((0, 4)))["top-1"])
+    users = ["a", "b", "c", "d", "e", None, None]  # those that nobody names are one more user
+    assert mean_interval(np.arange(7.0), users) == mean_interval(np.arange(7.0), [u or "f" for u in users])

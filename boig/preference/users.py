@@ -12,9 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
+from scipy.spatial.distance import cdist
 
 from ..core import BoigError, derive_seed
-from ..metrics.choice import choice_row, distances, mean_interval, top_k
+from ..metrics.choice import choice_row, mean_interval, top_k
 from .model import PreferenceModel, judge, read, token_attention
 from .training import Histories, score_cases
 
@@ -135,4 +136,4 @@ def couple(d: np.ndarray, seen) -> tuple[int, int]: # a seen and a new one
 # %% ../../nbs/70_preference/75_users.ipynb #9378834d
 def nearest_users(x: np.ndarray, groups, seen=None) -> dict: # as of `nearest_agree`
     "The same of users' vectors: how often the nearest by Euclidean distance is of the same group."
-    return nearest_agree(distances(x, x), groups, seen)
+    return nearest_agree(cdist(x, x), groups, seen)

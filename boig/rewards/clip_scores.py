@@ -147,12 +147,12 @@ def load_clip_score(
 _HPS = {"activation": "gelu", "source": "huggingface.co/xswu/HPSv2"}
 for _name, _weights, _options, _about in (
     ("clip-score", "openai/clip-vit-base-patch32", {}, "cosine of picture and prompt, about 0.2 to 0.35; scale='100cos' for the hundredfold"),
-    ("pickscore", "yuvalkirstain/PickScore_v1", {"scale": "logit", "activation": "gelu"}, "log-odds of being picked, about 18 to 24"),
+    ("pickscore", "yuvalkirstain/PickScore_v1", {"scale": "logit", "activation": "gelu"}, "differences are log-odds of being picked; about 18 to 24"),
     ("hps-v2", "HPS_v2_compressed.pt", _HPS, "cosine, trained on human preferences; papers print the hundredfold"),
     ("hps-v2.1", "HPS_v2.1_compressed.pt", _HPS, "as hps-v2, other weights: another scale"),
     ("pocket-clip", "pocket-clip", {}, "cosine, for demonstrations: pocket-sd reads with this model"),
     ("pocket-eval", "pocket-eval", {}, "cosine of picture and prompt; a judge, never a reward"),
-    ("pocket-pickscore", "pocket-pickscore", {"scale": "logit"}, "log-odds of being preferred by simulated choosers; a judge"),
-    ("pocket-hps", "pocket-hps", {"scale": "logit"}, "log-odds of being preferred by other choosers; a judge"),
-    ("pocket-image-reward", "pocket-image-reward", {"scale": "logit"}, "log-odds of being better aligned; a reward"),
+    ("pocket-pickscore", "pocket-pickscore", {"scale": "logit"}, "differences are log-odds of simulated choosers' preference; a judge"),
+    ("pocket-hps", "pocket-hps", {"scale": "logit"}, "differences are log-odds of other choosers' preference; a judge"),
+    ("pocket-image-reward", "pocket-image-reward", {"scale": "logit"}, "differences are log-odds of being better aligned; a reward"),
 ): register(_name, partial(load_clip_score, **_options), _weights, "prompts", _about)
