@@ -220,17 +220,20 @@ def _look(place: Path, folder: Path, limits: Limits, unpack: bool) -> Path:
 # %% ../../nbs/48_benches/53_media.ipynb #5567ab71
 class _Download:
     "Fetches pictures into a folder, as many as the limits say."
-    def __init__(self, folder: Path, net: Net, rest): self.folder, self.net, self.rest, self.left, self.lock = folder, net, rest, net.limits.number, threading.Lock()
+    def __init__(self, folder: Path, net: Net, rest): self.folder, self.net, self.rest, self.left, self.busy, self.free = folder, net, rest, net.limits.number, 0, threading.Condition()
     def __call__(self, key: str, url) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", key): raise LeftOut("a key that is no file name", key[:80])
         if not isinstance(url, str) or not url.strip(): raise LeftOut("no file and no URL")
-        with self.lock:
+        with self.free:  # the last ones wait for those under way: what fails doesn't count, or the next call would try the same ones only
+            self.free.wait_for(lambda: self.left > 0 or not self.busy)
             if self.left < 1: raise LeftOut("over the number", f"{self.net.limits.number:,} are fetched by one call")
-            self.left -= 1
-        try: data = fetch(self.net, url.strip(), self.rest)
-        except LeftOut:
-            with self.lock: self.left += 1  # what fails doesn't count, or the next call would try the same ones only
-            raise
+            self.left, self.busy = self.left - 1, self.busy + 1
+        done = False
+        try: data, done = fetch(self.net, url.strip(), self.rest), True
+        finally:
+            with self.free:
+                self.left, self.busy = self.left + (not done), self.busy - 1
+                self.free.notify_all()
         place = self.folder/f"{key}{sniff(data)}"
         with atomic_path(place) as tmp: tmp.write_bytes(data)
         return place

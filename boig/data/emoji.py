@@ -69,7 +69,7 @@ def decode_images(
 
 # %% ../../nbs/10_data/12_emoji.ipynb #8f8ea379
 def _words(text: str) -> list[str]:
-    return [w for w in "".join(c.lower() if c.isalnum() else " " for c in text).split()]
+    return "".join(c.lower() if c.isalnum() else " " for c in text).split()
 
 def _stem(word: str) -> str:
     "`word` without a common ending and a final e, y or i, doubled consonants made single."
@@ -122,7 +122,7 @@ def split_by_subgroup(
     fraction: float, # share of rows to hold out
     seed: int,
 ) -> np.ndarray: # bool, True where a row is held out
-    "Hold out whole subgroups, about `fraction` of each group's rows, of none more than fits."
+    "Hold out whole subgroups, about `fraction` of each group's rows: over by half a usual subgroup at most, none of a group with one that is larger."
     rng, held = np.random.default_rng(seed), set()
     if fraction <= 0: return np.zeros(len(table), dtype=bool)
     for group, rows in table.groupby("group", sort=True):

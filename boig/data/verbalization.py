@@ -46,10 +46,11 @@ def problems(
     "What breaks the schema, in words."
     found = [f"unknown colour '{c}'" for c in v.colors if c not in COLOR_NAMES]
     if not 1 <= len(v.colors) <= MAX_COLORS: found.append(f"{len(v.colors)} colours, not 1 to {MAX_COLORS}")
-    found += [f"{n} covers {c}, less than {MIN_COVERAGE}" for n, c in v.colors.items() if c < MIN_COVERAGE]
+    found += [f"{n} covers {c}, less than {MIN_COVERAGE}" for n, c in v.colors.items() if not c >= MIN_COVERAGE]  # NaN too
     if set(v.tones) != set(TONE_NAMES): found.append(f"tones are {sorted(v.tones)}, not {sorted(TONE_NAMES)}")
     for what, values in [("coverages", v.colors.values()), ("tones", v.tones.values())]:
-        if abs(sum(values) - 1) > 1e-6: found.append(f"{what} sum to {sum(values):.4g}, not 1")
+        if not abs(sum(values) - 1) <= 1e-6: found.append(f"{what} sum to {sum(values):.4g}, not 1")
+        if min(values, default=0) < 0: found.append(f"{what} are negative: {min(values):.4g}")
     width, height = resolution or (math.inf, math.inf)
     found += [f"box of '{n}' is not inside the picture: {list(b)}" for n, b in v.objects.items()
               if not (0 <= b[0] < b[2] <= width and 0 <= b[1] < b[3] <= height)]
@@ -89,8 +90,10 @@ def _load(text: str) -> tuple[dict | None, list[str]]:
         d = dict(pairs)
         if len(d) < len(pairs): twice.append("a name stands twice; the last one counts")
         return d
-    try: return (d, twice) if isinstance(d := json.loads(text, object_pairs_hook=unique), dict) else (None, [])
+    try:
+        if isinstance(d := json.loads(text, object_pairs_hook=unique), dict): return d, twice
     except (ValueError, RecursionError): pass
+    twice.clear()
     start = text.find("{")
     if start < 0: return None, []
     try: d, _ = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, start)

@@ -258,6 +258,7 @@ def random_scene(
     "A scene by chance, within what is given."
     if names is None: names = rng.choice(list(load_sprites()), size=rng.choice(4, p=[0.3, 0.35, 0.2, 0.15]) + 1, replace=False).tolist()
     kind = str(rng.choice(BACKGROUNDS, p=[0.5, 0.25, 0.25]))
+    if len(colors) == 1: kind = "plain"
     pair = tuple(map(str, rng.choice(colors, size=1 + (kind != "plain"), replace=False)))
     return Scene(kind, pair, style or str(rng.choice(STYLES)), arrange(names, rng))
 

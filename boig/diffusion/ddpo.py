@@ -112,7 +112,7 @@ def score(
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #3785865f
 @dataclass(frozen=True)
 class DDPOConfig(TuningConfig):
-    "How to train. Epochs, samples, batch and learning rate are BOIG's, from its second author's thesis (the paper gives none); the others are those of DDPO's code."
+    "How to train. Epochs, samples, batch and learning rate are BOIG's, from its second author's thesis (the paper gives none); the others, but for LoRA and precision, are those of DDPO's code."
     epochs: int = 100
     samples: int = 64 # pictures of an epoch
     batch_size: int = 8 # pictures of one update, those of all processes together
@@ -254,8 +254,10 @@ class Run(Tuning):
     def __init__(self, pipe, prompts, reward, folder, config: DDPOConfig, context: dict | None = None):
         if not prompts: raise BoigError("There are no prompts; pass a list with at least one.")
         plan = {"prompts": digest(prompts), "context": digest(_plain(context))} | reward_plan(reward)
+        self.check(pipe, config)
+        ddim = to_ddim(pipe.scheduler) # may refuse it, so before anything is changed
         super().__init__(pipe, folder, config, plan)
-        pipe.scheduler = to_ddim(pipe.scheduler) # until the result is saved
+        pipe.scheduler = ddim # until the result is saved
         self.base = copy.deepcopy(pipe.unet).requires_grad_(False).eval() if config.kl and not config.lora_rank else None
         self.advantages = Advantages(config.advantages, config.buffer, config.min_count, config.advantage_clip)
 
@@ -387,8 +389,9 @@ def _round(run: Run, texts, reward, context, epoch: int, which: list[int]) -> tu
     c, numbers = run.config, []
     orders = [torch.randperm(len(which), generator=torch.Generator().manual_seed(derive_seed(c.seed, "order", epoch, inner))).tolist() for inner in range(c.inner_epochs)]
     updates, rewards, problem = collect(run, texts, reward, context, epoch, which, orders[0][0])
-    if rewards.isnan().all(): raise BoigError(f"The reward failed on all {c.batch_size * len(which)} pictures of epoch {epoch}: {problem}.")
-    advantages = run.advantages(texts, rewards)
+    if rewards.isnan().all(): return rewards, torch.zeros_like(rewards), [], problem  # nothing to learn from
+    groups = [f"{k // c.group} {t}" for k, t in enumerate(texts)] if c.advantages == "group" and c.group > 1 else texts  # of one prompt there may be two, from other starts
+    advantages = run.advantages(groups, rewards)
     for inner, order in enumerate(orders): numbers += [update(run, updates[u], advantages, epoch, inner) for u in order]
     return rewards, advantages, numbers, problem
 
@@ -398,6 +401,7 @@ def _epoch(run: Run, texts, reward, context, epoch: int) -> dict[str, float]:
     every = list(range(c.samples // c.batch_size))
     rewards, advantages, numbers, problems = zip(*[_round(run, texts, reward, context, epoch, which) for which in ([[u] for u in every] if c.fresh else [every])])
     known, numbers = torch.cat([r[~r.isnan()] for r in rewards]), sum(numbers, [])
+    if not len(known): raise BoigError(f"The reward failed on all {c.samples} pictures of epoch {epoch}: {next(filter(None, problems), 'in another process')}.")
     if failed := c.samples - len(known): warnings.warn(f"Epoch {epoch}: no reward for {failed} of {c.samples} pictures ({next(filter(None, problems), 'in another process')}).")
     return dict(epoch=epoch, reward=float(known.mean()), reward_std=float(known.std(correction=0)), failed=failed,
                 flat=float((torch.stack(advantages).abs().amax(0) == 0).float().mean()), ratio_start=numbers[0]["ratio_off"], **pd.DataFrame(numbers).mean().to_dict(), seconds=time.monotonic() - started)

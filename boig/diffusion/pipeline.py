@@ -99,7 +99,7 @@ def as_png(
 ) -> bytes:
     "A drawn picture as a PNG with the record of what made it."
     name = model if isinstance(model, str) else model.config.get("_name_or_path") or type(model).__name__
-    save_png(out := BytesIO(), image, made_by(Path(name).name, derive_seed(seed, "picture", i), prompt, **more))
+    save_png(out := BytesIO(), image, made_by(Path(name).name if Path(name).is_dir() else name, derive_seed(seed, "picture", i), prompt, **more))
     return out.getvalue()
 
 # %% ../../nbs/50_diffusion/50_pipeline.ipynb #9691dfed

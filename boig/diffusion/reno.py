@@ -217,7 +217,7 @@ def climb(
         if not step: before, kept, chosen = images, images.clone(), at.clone()
         better = total > best
         kept[better], chosen[better], best[better] = images[better], at[better], total[better]
-        rows += _log(step, terms, scores.detach(), total, noise, length, better, going)
+        rows += _log(step, terms, scores.detach(), total, noise, length * torch.nan if last else length, better, going)
         if watch: watch(step, images)
         if last or not going.any(): break
         mask = going.view(-1, *[1] * (noise.ndim - 1))

@@ -27,7 +27,8 @@ def _coder(kind: str, images: torch.Tensor):
     except ImportError as e: raise BoigError("Invisible watermarks need a library: pip install 'boig[watermark]' (without a display also: pip install opencv-python-headless).") from e
     return getattr(imwatermark, kind)
 
-def _bgr(images): return [np.ascontiguousarray(x) for x in (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()[..., ::-1]]
+def _bgr(images): # as floats: of bytes, OpenCV's way to YUV and back cuts strong colours off, with or without a mark
+    return [np.ascontiguousarray(x, np.float32) for x in (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()[..., ::-1]]
 
 def watermark(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1], at least 256 × 256 pixels

@@ -34,7 +34,7 @@ def write_job(
     if not isinstance(table, (str, Path)): raise BoigError("Other processes can't see a table in memory; write it to a Parquet file first.")
     job = {"table": str(Path(table).absolute()), "verbalizer": verbalizer, **options}
     write_json(Path(folder)/"job.json", job)
-    return _open(str(folder), json.dumps(job), None)
+    return Shards(table, folder, _models(verbalizer), **options)  # not the cached one: the table may have changed
 
 @lru_cache(maxsize=1)
 def _models(verbalizer: str):

@@ -115,8 +115,7 @@ class Preprocess:
     def resize(self, images: torch.Tensor) -> torch.Tensor: # [B, 3, *size] in [0, 1]
         "Everything but the normalisation."
         h, w = images.shape[-2:]
-        scale = self.shortest / min(h, w)
-        to = (self.shortest if h <= w else int(h * scale), self.shortest if w <= h else int(w * scale)) if self.shortest else self.size
+        to = (self.shortest if h <= w else self.shortest * h // w, self.shortest if w <= h else self.shortest * w // h) if self.shortest else self.size
         if to != (h, w): images = F.interpolate(images, to, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
         top, left = ((a - b) // 2 for a, b in zip(to, self.size))
         return images[..., top:top + self.size[0], left:left + self.size[1]] if to != self.size else images

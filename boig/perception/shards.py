@@ -52,8 +52,10 @@ def verbalize_rows(
 
 # %% ../../nbs/30_perception/38_shards.ipynb #18573978
 def _feed(h, part):
-    "A part's networks, tensors and lists into a hash. Its settings are in its description."
-    if isinstance(part, nn.Module): part = part.state_dict()
+    "A part's networks with their configuration, tensors and lists into a hash. Its settings are in its description."
+    if isinstance(part, nn.Module):
+        if hasattr(config := getattr(part, "config", None), "to_json_string"): h.update(config.to_json_string().encode())
+        part = part.state_dict()
     elif is_dataclass(part): part = {f.name: getattr(part, f.name) for f in fields(part)}
     if isinstance(part, torch.Tensor):
         h.update(f"{part.dtype} {tuple(part.shape)}".encode())
@@ -71,7 +73,7 @@ def weights_hash(verbalizer) -> str:
     return h.hexdigest()[:16]
 
 # %% ../../nbs/30_perception/38_shards.ipynb #40d4e84e
-_CODE = ("perception/*.py", "data/palette.py", "data/verbalization.py", "metrics/detection.py") # what a verbalisation depends on
+_CODE = ("perception/*.py", "data/palette.py", "data/verbalization.py", "data/world.py", "metrics/detection.py") # what a verbalisation depends on
 
 def code_hash() -> str:
     "A short name for the code that turns pictures into verbalisations."
@@ -115,6 +117,7 @@ def pictures_of(
     is_file = isinstance(table, (str, Path))
     if is_file and not Path(table).is_file(): raise BoigError(f"There is no file '{table}'.")
     columns = ("id", "image") if read is None else ()
+    if read is not None and (is_file or hasattr(table, "columns")): raise BoigError("With `read`, pass the ids themselves, not a table.")
     if lost := [c for c in columns if c not in (pq.read_schema(table).names if is_file else table)]: raise BoigError(f"The table of pictures lacks the columns {', '.join(lost)}.")
     if read is not None: ids, at = list(table), lambda ps: ((p, read(ids[p])) for p in ps)
     elif is_file:
