@@ -338,6 +338,38 @@ for name, more in (("watched", dict(watch=watch)), ("log.csv", {{}}), ("pipeline
     assert (tmp_path/"fine"/"pipeline"/"model_index.json").is_file() and not (tmp_path/"watched"/"pipeline").exists()
 
 
+def test_a_reward_that_fails_on_one_prompt_teaches_nothing_about_it(tmp_path):
+    "The fast recipe makes an update of each prompt's pictures: one whose reward always fails is left out, the others teach; an epoch without any reward is an error."
+    config = DDPOConfig.fast(epochs=1, samples=8, batch_size=4, group=4, steps=4, window=2, guidance=2.0, lr=1e-3, tracker="", micro_batch=4)
+    def some(images, prompts, context=None): return images.mean((1, 2, 3)).where(torch.tensor([p != "a cat" for p in prompts]), torch.nan)
+    def none(images, prompts, context=None): return images.mean((1, 2, 3)) * torch.nan
+    texts, start = ["a cat", "a dog"], weights(tiny())
+    pipe = tiny()
+    with pytest.warns(UserWarning, match="no reward for 4 of 8"): log = train_ddpo(pipe, texts, some, tmp_path/"some", config, progress=False)
+    assert log.failed[0] == 4 and not torch.equal(weights(pipe), start)
+    pipe = tiny()
+    with pytest.raises(BoigError, match="failed on all 8 pictures of epoch 0"), warnings.catch_warnings(): train_ddpo(pipe, texts, none, tmp_path/"none", config, progress=False)
+    assert torch.equal(weights(pipe), start)  # no step, not even of momentum or weight decay
+
+
+def test_two_groups_of_one_prompt_are_two(tmp_path, monkeypatch):
+    "They start from other noise: each is compared with itself."
+    seen = []
+    monkeypatch.setattr(Advantages, "__call__", lambda self, texts, rewards, was=Advantages.__call__: seen.append(list(texts)) or was(self, texts, rewards))
+    config = dataclasses.replace(SMALL, epochs=1, samples=4, batch_size=4, group=2, advantages="group", shared_start=True, window=1)
+    train_ddpo(tiny(), ["a cat"], brightness, tmp_path, config, progress=False)
+    (a, b, c, d), = seen
+    assert a == b != c == d
+
+
+def test_a_scheduler_that_ddim_cannot_follow_changes_nothing(tmp_path):
+    pipe = tiny()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, thresholding=True)
+    with pytest.raises(BoigError, match="thresholding"): train(tmp_path, dataclasses.replace(SMALL, lora_rank=2), pipe)
+    pipe.scheduler = tiny().scheduler
+    train(tmp_path, dataclasses.replace(SMALL, lora_rank=2, epochs=1), pipe)  # no adapter was left behind
+
+
 PAIR = dataclasses.replace(SMALL, lr=1e-4, weight_decay=0.0)
 
 

@@ -390,7 +390,7 @@ def _round(run: Run, texts, reward, context, epoch: int, which: list[int]) -> tu
     orders = [torch.randperm(len(which), generator=torch.Generator().manual_seed(derive_seed(c.seed, "order", epoch, inner))).tolist() for inner in range(c.inner_epochs)]
     updates, rewards, problem = collect(run, texts, reward, context, epoch, which, orders[0][0])
     if rewards.isnan().all(): return rewards, torch.zeros_like(rewards), [], problem  # nothing to learn from
-    groups = [f"{k // c.group} {t}" for k, t in enumerate(texts)] if c.advantages == "group" and c.group > 1 else texts  # of one prompt there may be two, from other starts
+    groups = [f"{k // c.group} {t}" for k, t in enumerate(texts)] if c.advantages == "group" else texts  # of one prompt there may be two, from other starts
     advantages = run.advantages(groups, rewards)
     for inner, order in enumerate(orders): numbers += [update(run, updates[u], advantages, epoch, inner) for u in order]
     return rewards, advantages, numbers, problem
