@@ -252,8 +252,8 @@ def test_table_2_by_hand():
 def test_gains_are_paired():
     g = gains(scores(0.01), scores(), 100).set_index(["KPI", "Metric"])
     assert g.loc[("All", "Reward"), "gain"] == pytest.approx(0.01) and g.loc[("All", "Reward"), "verdict"] == "higher" # the pairs see what the spread of 1 would hide
-    assert g.loc[("All", "Objects"), "verdict"] == "undecided"
-    assert [verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1), (math.nan, math.nan))] == ["higher", "lower", "undecided", "not measurable"]
+    assert g.loc[("All", "Objects"), "verdict"] == "not measurable" # no picture differs
+    assert [verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1), (math.nan, math.nan), (0, 0))] == ["higher", "lower", "undecided", "not measurable", "not measurable"]
     with pytest.raises(BoigError, match="different requests"): gains(scores(), scores()[::-1])
 
 

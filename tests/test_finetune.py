@@ -169,6 +169,15 @@ def test_the_trainers_loss_is_the_formula(tok, told, tmp_path):
     assert abs(losses[0] - by_hand.item()) < 1e-4
 
 
+def test_the_validation_loss_is_one_ratio_of_sums(tok, told, tmp_path):
+    "Validation rows of unlike lengths, in batches of 4: the logged loss is the sum over all tokens by the number of all, as the paper's loss is."
+    groups = sorted(told, key=lambda g: len(g[0].answer))
+    valid, model = [*groups[:3], *groups[-4:]], small(tok)  # batches of 4 and 3
+    log = finetune(model, tok, told[:30], valid, tmp_path, steps=1, batch_size=4, eval_every=1, device="cpu", learning_rate=0.0)
+    with torch.no_grad(): by_hand = step_loss(small(tok), [g[:1] for g in valid], tok)
+    assert next(l["eval_loss"] for l in log if "eval_loss" in l) == pytest.approx(by_hand.item(), abs=1e-5)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(BoigError, match="8 rows cannot be cut into 3 processes × 1 parts"): training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "cpu")

@@ -103,6 +103,16 @@ def test_pictures_known_from_training_are_not_asked_about(tmp_path):
     assert cases[cases.user_id == "1"].seen.all() and not cases[cases.user_id == "2"].seen.any()
 
 
+def test_a_defeat_by_a_known_picture_is_a_defeat(tmp_path):
+    "The winner of a late prompt also lost to a picture of the history: no question asks about that triple, and none of four calls it the one that never lost."
+    winner, early = ("u1p13-0", png(1000 + 20 * 13)), ("u1p0-0", png(1000))
+    rows = person(1) + [choice_row(1, "prompt 13 of 1", early, winner, 1.0, DAY + pd.Timedelta(minutes=1350), 13)]
+    report = build_histories(write(tmp_path/"r.parquet", rows), tmp_path/"out", ALL, threads=1)
+    cases, triples = pd.read_parquet(tmp_path/"out/cases.parquet"), pd.read_parquet(tmp_path/"out/triples.parquet")
+    assert not (triples.disliked == "u1p13-0").any() and report["pair test unseen"] == 18  # the triple leaks and is left out
+    assert report["four test unseen"] == 5 and "u1p13-0" not in set(cases[cases.kind == "four"].liked)
+
+
 def roles(rules):
     from boig.benches.pickapic import _roles
     return _roles(["1", "2"], rules).role

@@ -1,5 +1,6 @@
 "DreamBench's layout read and written, the action set as the paper has it, and the pocket world's subjects."
 import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from boig.benches.cards import fill, read_card
-from boig.benches.subjects import (FAILURES, LAYOUTS, POSES, action_table, actions, card_facts, fill_prompt, in_action, parse_prompts, pocket_prompts, pocket_subject, pocket_subjects, portrait, prompts_text,
+from boig.benches.subjects import (FAILURES, LAYOUTS, POSES, Shot, _inside, action_table, actions, card_facts, fill_prompt, in_action, parse_prompts, pocket_prompts, pocket_subject, pocket_subjects, portrait, prompts_text,
                                    read_dreambench, read_subject, rl_prompts, subject_sprite, take, variants, write_pocket_subjects)
 from boig.core import BoigError, project_root
 from boig.data.world import load_sprites, overlap
@@ -97,16 +98,49 @@ def test_subjects_are_particular(name):
         shot = in_action(name, a, k)
         assert overlap(shot.box, shot.others[0].box) == 0 and where(shot.box, shot.others[0].box) == a.layout and shot == in_action(name, a, k)
 
-def test_mirror_and_tilt_keep_the_box():
+def test_mirrored_stays_in_the_box():
     sprite, shot = subject_sprite("teddy_bear"), portrait("teddy_bear", 0)
     shot = replace(shot, background="plain", colors=("White",), mirrored=False)
-    for s in (shot, replace(shot, mirrored=True), replace(shot, tilt=25)):
+    for s in (shot, replace(shot, mirrored=True)):
         drawn = (take(sprite, s) < 250).any(-1)
         x1, y1, x2, y2 = s.box
         outside = drawn.copy(); outside[y1:y2, x1:x2] = False
         assert not outside.any() and drawn[y1:y2, x1:x2].mean() > 0.3
     (x1, y1, x2, y2), turned = shot.box, take(sprite, replace(shot, mirrored=True)).astype(int)
     assert abs(take(sprite, shot)[y1:y2, x1:x2][:, ::-1].astype(int) - turned[y1:y2, x1:x2]).max() <= 2
+
+def cover(sprite, shot, size): # pixels that a red thing covers of a white ground, and where it begins and ends
+    red = 1 - take(sprite, shot, size)[..., 1] / 255
+    ys, xs = (red > 0.02).nonzero()
+    return red.sum(), xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+
+@pytest.mark.parametrize("tilt", [-25, 10, 90, 180])
+def test_tilted_keeps_its_scale_and_its_middle(tilt):
+    "A bar of 48 × 16 in the middle: turned, it covers as much, about the same point; its sides are those of a turned rectangle."
+    bar, shot = np.full((16, 48, 4), (255, 0, 0, 255), np.uint8), Shot((20, 28, 44, 36), colors=("White",))
+    n, *_ = cover(bar, shot, 256)
+    turned, x1, y1, x2, y2 = cover(bar, replace(shot, tilt=float(tilt)), 256)
+    assert n == pytest.approx(96 * 32) and turned == pytest.approx(n, rel=0.03)
+    assert abs((x1 + x2) / 2 - 128) <= 2 and abs((y1 + y2) / 2 - 128) <= 2
+    c, s = abs(math.cos(math.radians(tilt))), abs(math.sin(math.radians(tilt)))
+    assert abs(x2 - x1 - (96 * c + 32 * s)) <= 4 and abs(y2 - y1 - (96 * s + 32 * c)) <= 4
+
+def test_tilted_stays_in_the_picture():
+    bar = np.full((16, 48, 4), (255, 0, 0, 255), np.uint8)
+    for box in ((0, 0, 48, 16), (16, 48, 64, 64), (0, 21, 64, 43)):
+        shot = Shot(box, colors=("White",))
+        n, *_ = cover(bar, shot, 256)
+        turned, x1, y1, x2, y2 = cover(bar, replace(shot, tilt=25.0), 256)
+        whole = (x2 - x1) / 256 < 0.99  # the last one is made smaller to fit
+        assert turned == pytest.approx(n, rel=0.05) if whole else turned < n
+
+def test_another_thing_keeps_its_proportions():
+    for name in ("cat", "motorbike", "teddy_bear"):
+        for k in range(3):
+            assert (shot := portrait(name, k)).box == pytest.approx(_inside(subject_sprite(name), shot.box), abs=1)  # its own sprite fills its box
+            for other in load_sprites().values():
+                (h, w), (x1, y1, x2, y2), (a, b, c, d) = other.image.shape[:2], _inside(other.image, shot.box), shot.box
+                assert a <= x1 < x2 <= c and b <= y1 < y2 <= d and abs((x2 - x1) - (y2 - y1) * w / h) <= max(1, w / h)
 
 def test_variants_change_one_thing():
     v = variants("cat", 2)

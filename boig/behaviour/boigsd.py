@@ -326,8 +326,8 @@ def table2(
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #04f349aa
 def verdict(low: float, high: float) -> str:
-    "What an interval of a difference says."
-    return "higher" if low > 0 else "lower" if high < 0 else "undecided" if low <= high else "not measurable"
+    "What an interval of a difference says; nothing if there is none, or no difference in any sample."
+    return "higher" if low > 0 else "lower" if high < 0 else "undecided" if low < high else "not measurable"
 
 def gains(
     model: pd.DataFrame, # of `assess`

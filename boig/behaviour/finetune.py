@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import asdict
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -228,6 +229,12 @@ class _Trainer(Trainer):
     "transformers' Trainer with our loss, our order of rows, and a log that is kept without being printed."
     loss_is_scaled_for_ga = True # N_V is that of the whole step
 
+    @cached_property
+    def valid_items(self) -> float:
+        "Tokens of the verbalisation in a validation row, on average."
+        rows = [e["items"] for g in self.eval_dataset.groups for e in g]
+        return sum(rows) / len(rows)
+
     def _get_train_sampler(self, *args): return SequentialSampler(self.train_dataset)  # `Rounds` has shuffled
 
     def get_eval_dataloader(self, *args):
@@ -243,8 +250,8 @@ class _Trainer(Trainer):
         labels, weights, items = (inputs.pop(k) for k in ("labels", "weights", "items"))
         outputs = model(**inputs, use_cache=False)  # with a cache, transformers would not see where packed samples begin
         loss = weighted_loss(outputs.logits, labels, weights)
-        # processes average their gradients, and what is wanted is the sum
-        loss = loss * self.accelerator.num_processes / num_items_in_batch if model.training else loss / items.sum()
+        # processes average their gradients, and what is wanted is the sum; transformers averages validation losses over rows, and what is wanted is one ratio of sums
+        loss = loss * self.accelerator.num_processes / num_items_in_batch if model.training else loss / (len(labels) * self.valid_items)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):

@@ -203,6 +203,7 @@ def _split(con, rules: HistoryRules):
                    JOIN known k ON k.uid = p.uid WHERE k.who IN ('', p.user_id)""")
     con.execute("""CREATE TABLE parts AS SELECT p.*, CASE WHEN NOT target THEN CASE role WHEN 'train' THEN 'train' ELSE 'history' END WHEN role = 'valid' THEN 'valid' ELSE 'test' END AS split,
                        role = 'train' AS seen FROM placed p ANTI JOIN leaks USING (user_id, liked, disliked)""")
+    con.execute("CREATE TABLE defeats AS SELECT DISTINCT user_id, ask, disliked AS uid FROM placed")  # also those that leak: a picture that lost one has lost
     for done in ("triples", "asks", "placed", "known", "leaks"): con.execute(f"DROP TABLE {done}")  # they would fill the memory
 
 # %% ../../nbs/48_benches/58_pickapic.ipynb #a0131bd4
@@ -221,7 +222,7 @@ def _cases(con, rules: HistoryRules):
     con.execute("DROP TABLE pool")
     con.execute(f"""CREATE TABLE fours AS
         WITH won AS (SELECT user_id, ask, liked, count(*) AS wins FROM parts WHERE target GROUP BY ALL),
-             best AS (SELECT * FROM won w WHERE NOT EXISTS (FROM parts l WHERE l.user_id = w.user_id AND l.ask = w.ask AND l.disliked = w.liked)
+             best AS (SELECT * FROM won w WHERE NOT EXISTS (FROM defeats d WHERE d.user_id = w.user_id AND d.ask = w.ask AND d.uid = w.liked)
                       QUALIFY row_number() OVER (PARTITION BY user_id, ask ORDER BY wins DESC, {luck('liked')}) = 1),
              lost AS (SELECT b.user_id, b.ask, b.liked, p.disliked, max(p.liked = b.liked) AS own, any_value(p.caption) AS caption, any_value(p.split) AS split, any_value(p.seen) AS seen
                       FROM best b JOIN parts p USING (user_id, ask) WHERE p.target AND p.disliked <> b.liked GROUP BY ALL)

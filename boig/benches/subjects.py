@@ -249,11 +249,17 @@ def take(
     shot: Shot,
     size: int = 64, # pixels a side
 ) -> np.ndarray: # [size, size, 3] uint8
-    "Draw a subject's picture."
+    "Draw a subject's picture. A tilted one keeps its scale and the middle of its box, as far as the picture's edges let it."
     canvas = render(Scene(shot.background, shot.colors, "plain", shot.others), size).astype(np.float32)
     x1, y1, x2, y2 = pixel_box(shot.box, size)
     layer = Image.fromarray(sprite[:, ::-1] if shot.mirrored else sprite)
-    if shot.tilt: layer = (turned := layer.rotate(shot.tilt, Image.Resampling.BICUBIC, expand=True)).crop(turned.getbbox())
+    if shot.tilt:
+        turned = layer.rotate(shot.tilt, Image.Resampling.BICUBIC, expand=True)
+        turned = turned.crop(turned.getbbox())
+        w, h = (b * t / o for b, t, o in zip((x2 - x1, y2 - y1), turned.size, layer.size))
+        w, h = (max(1, round(n * min(1, size / max(w, h)))) for n in (w, h))
+        x1, y1 = (min(max(round((a + b - n) / 2), 0), size - n) for a, b, n in ((x1, x2, w), (y1, y2, h)))
+        x2, y2, layer = x1 + w, y1 + h, turned
     rgba = np.asarray(layer.resize((x2 - x1, y2 - y1), Image.Resampling.LANCZOS), np.float32)
     part, alpha = canvas[y1:y2, x1:x2], rgba[..., 3:] / 255
     part += alpha * (rgba[..., :3] - part)
@@ -273,11 +279,18 @@ def _before(s: PocketSubject, rng: np.random.Generator) -> dict:
 
 QUARTER = GRID // 2 # its side, in 64ths of the picture
 
-def _inside(sprite: np.ndarray, corner) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
-    "The sprite's box, as large as fits, in the middle of the quarter that begins at a corner."
-    size = _fit(sprite, QUARTER)
-    x, y = (c + (QUARTER - n) // 2 for c, n in zip(corner, size))
-    return x, y, x + size[0], y + size[1]
+def _inside(sprite: np.ndarray, box) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
+    "The sprite's box, as large as fits, in the middle of another."
+    (h, w), (x1, y1, x2, y2) = sprite.shape[:2], box
+    scale = min((x2 - x1) / w, (y2 - y1) / h)
+    w, h = max(1, round(w * scale)), max(1, round(h * scale))
+    x, y = x1 + (x2 - x1 - w) // 2, y1 + (y2 - y1 - h) // 2
+    return x, y, x + w, y + h
+
+def _quarter(corner) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
+    "The quarter that begins at a corner."
+    x, y = corner
+    return x, y, x + QUARTER, y + QUARTER
 
 def portrait(
     name: str, # of a pocket subject
@@ -287,7 +300,7 @@ def portrait(
     "The k-th way in which a subject is taken alone."
     s, rng = pocket_subject(name), np.random.default_rng(derive_seed(seed, "portrait", name, k))
     corner = [int(c) for c in rng.choice((0, QUARTER // 2, QUARTER), 2)]
-    return Shot(_inside(subject_sprite(name), corner), **_before(s, rng), mirrored=bool(rng.random() < 0.3))
+    return Shot(_inside(subject_sprite(name), _quarter(corner)), **_before(s, rng), mirrored=bool(rng.random() < 0.3))
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #f7e08cf9
 def in_action(
@@ -303,7 +316,7 @@ def in_action(
     first = action.layout == "above" or (action.layout == "beside" and rng.random() < 0.5)  # the companion, from left or top
     own, other = np.full((2, 2), rng.choice((0, QUARTER)))  # the row, or the column, of both
     own[along], other[along] = (QUARTER, 0) if first else (0, QUARTER)
-    boxes = [_inside(sprite, corner.tolist()) for sprite, corner in ((subject_sprite(name), own), (load_sprites()[action.companion].image, other))]
+    boxes = [_inside(sprite, _quarter(corner.tolist())) for sprite, corner in ((subject_sprite(name), own), (load_sprites()[action.companion].image, other))]
     return Shot(boxes[0], **_before(s, rng), others=(Placed(action.companion, "", boxes[1]),))
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #b9e3cbb3
@@ -330,7 +343,8 @@ def variants(
     shots = {"copy": shot, "another place": replace(shot, box=box(QUARTER)), "mirrored": replace(shot, mirrored=not shot.mirrored), "tilted": replace(shot, tilt=float(rng.choice([-25, 25]))),
              "smaller": replace(shot, box=box(22)), "in action": replace(doing, background=shot.background, colors=shot.colors)}
     wrong = {"mark lost": subject_sprite(name, False), "another of its kind": load_sprites()[noun].image, "another thing": load_sprites()[other].image}
-    return {n: take(sprite, s, size) for n, s in shots.items()} | {n: take(w, shot, size) for n, w in wrong.items()}
+    def instead(sprite): return replace(shot, box=_inside(sprite, shot.box))
+    return {n: take(sprite, s, size) for n, s in shots.items()} | {n: take(w, instead(w), size) for n, w in wrong.items()}
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #a7bd88a0
 def pocket_prompts() -> dict[str, tuple[str, ...]]: # "object", "live" -> 25 templates
