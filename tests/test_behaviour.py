@@ -241,6 +241,8 @@ def test_picking_rows_spreads_over_buckets_and_ranks(bench):
     every = pick_test_rows(bench)
     assert rows.uses.min() == every.uses.min() and rows.uses.max() == every.uses.max()
     assert len(pick_test_rows(bench, 10_000)) == len(every)
+    for n in range(1, len(bench) + 3): assert len(spread(bench, n)) == min(n, len(bench)) and spread(bench, n).hexcode.is_unique
+    assert spread(bench, 0) is bench and [*spread(bench, 2).index] == [bench.index[0], bench.index[-1]]
 
 
 def test_constant_answer_is_the_best_prefix_of_common_colours():
