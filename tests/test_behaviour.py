@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from boig.behaviour.evaluate import ask, constant_answer, differences, pick_test_rows, score_answers, shuffled_kpis, table1
+from boig.behaviour.evaluate import ask, constant_answer, differences, pick_test_rows, score_answers, shuffled_kpis, spread, table1
 from boig.behaviour.batches import PadGroups, encode_example, weighted_loss
 from boig.behaviour.finetune import (add_lora, examples_of, finetune, fixed_texts, last_checkpoint, load_llm, make_llama, save_llm, train_tokenizer)
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
