@@ -286,9 +286,14 @@ def _row(c: Claim, folders: list, makers: dict) -> dict:
             "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
 
 # %% ../nbs/95_front/93_claims.ipynb #f1ada18b
-def decided(claims: pd.DataFrame) -> str: # of `judge`, or of claims.csv; Markdown
-    "How many claims hold, and a table of those that are decided."
-    n = claims.verdict.value_counts()
-    counts = ", ".join(f"{n.get(v, 0)} {says}" for v, says in (("holds", "hold"), ("fails", "fail"), ("undecided", "are undecided"), ("not run", "were not run")))
-    rows = [f"| {r.paper} | {r.claim} | {r['paper supports']} | **{r.verdict}** |" for v in ("holds", "fails") for _, r in claims[claims.verdict == v].iterrows()]
-    return "\n".join([f"Of {len(claims)} claims, {counts}.", "", "| paper | claim | the paper's own table agrees | here |", "|---|---|---|---|", *rows])
+def decided(runs: dict[str, pd.DataFrame]) -> str: # name of a run -> of `judge`, or of claims.csv; Markdown
+    "How many claims hold in each run, and a table of those that at least one of them decides."
+    tables = {name: c.set_index("id") for name, c in runs.items()}
+    claims, said = next(iter(tables.values())), ("holds", "fails")
+    def counts(n): return ", ".join(f"{n.get(v, 0)} {says}" for v, says in (("holds", "hold"), ("fails", "fail"), ("undecided", "are undecided"), ("not run", "were not run")))
+    lines = [f"Of {len(claims)} claims, " + "; ".join(f"{name}: {counts(c.verdict.value_counts())}" for name, c in tables.items()) + ".", "",
+             f"| paper | claim | the paper's own table agrees | {' | '.join(tables)} |", "|---" * (3 + len(tables)) + "|"]
+    for i, r in claims.iterrows():
+        verdicts = [c.verdict[i] for c in tables.values()]
+        if {*verdicts} & {*said}: lines.append(f"| {r.paper} | {r.claim} | {r['paper supports']} | {' | '.join(f'**{v}**' if v in said else v for v in verdicts)} |")
+    return "\n".join(lines)
