@@ -1,6 +1,6 @@
 """How good the pocket zoo is, on held-out scenes: `python bench/zoo.py` writes bench/results/zoo.json.
 
-`python bench/zoo.py sd turbo` measures these parts anew and keeps the other figures.
+`python bench/zoo.py sd turbo` measures these parts anew and keeps the other figures. Each part notes the weights that it was measured on.
 """
 import json
 import statistics
@@ -24,12 +24,15 @@ from boig.perception.detector import detect, load_detector
 from boig.pocket.aesthetic import correlations
 from boig.pocket.captions import pixels, samples
 from boig.pocket.cards import card
+from boig.pocket.choosers import choices, people
 from boig.pocket.clip import normalize
 from boig.pocket.embeddings import load_embedding, style_quality, subject_quality
 from boig.pocket.idefics import question_accuracy
+from boig.pocket.judges import agreement, presence
 from boig.pocket.llama import verbalization_quality
 from boig.pocket.quality import background_right, objects_shown, plain, right_caption
 from boig.pocket.signs import RULES, Album, sign_accuracy
+from boig.pocket.training import recipe
 from boig.pocket.vae import patch_pca, psnr
 from boig.rewards.base import load_reward
 from boig.zoo import entries, resolve, sha256_tree
@@ -92,13 +95,17 @@ def hand():
 
 
 def judges(n=300):
-    "How often a model scores a held-out picture higher for its own caption than for another scene's."
+    "How often a model scores a held-out picture higher for its own caption than for another scene's; agrees with the choices of those it learned from; sees the asked main object."
     scenes = samples(n, 6, "bench judges", unseen=True)[0]
     images, texts = pixels(scenes), [caption(s) for s in scenes]
-    def own(name):
-        reward = load_reward(name, device="cpu")
-        with torch.no_grad(): return (reward(images, texts) > reward(images, texts[1:] + texts[:1])).float().mean().item()
-    return {"n": n} | {name: own(name) for name in ("pocket-image-reward", "pocket-pickscore", "pocket-hps")}
+    def one(name):
+        reward, r = load_reward(name, device="cpu"), recipe(name)
+        with torch.no_grad(): own = (reward(images, texts) > reward(images, texts[1:] + texts[:1])).float().mean().item()
+        crowd = people(seed=r["seed"], **r["choosers"])
+        told = agreement(reward, choices(n, crowd, 6, "bench judges", source=r["source"], unseen=True), crowd)
+        return {"own caption preferred to another's": own, "choices predicted": told["chosen"], "the best possible judge predicts": told["ceiling"], "crowd's favourite preferred": told["favourite"],
+                "better aligned picture preferred": told["better aligned"], "asked main object preferred to another": presence(reward, n)}
+    return {"n": n} | {name: one(name) for name in ("pocket-image-reward", "pocket-pickscore", "pocket-hps")}
 
 
 def embeddings():
@@ -125,26 +132,33 @@ def llama(n=200):
 
 PARTS = {"vae": vae, "clip": clip, "detector": detector, "sd": lambda: shown("pocket-sd"), "turbo": lambda: shown("pocket-turbo"), "hand": hand,
          "judges": judges, "embeddings": embeddings, "llama": llama, "idefics": idefics}
+MODELS = {"clip": ("pocket-clip", "pocket-eval"), "sd": ("pocket-sd", "pocket-detector"), "turbo": ("pocket-turbo", "pocket-sd", "pocket-detector"), "hand": ("pocket-sd", "pocket-detector"),
+          "judges": ("pocket-image-reward", "pocket-pickscore", "pocket-hps"), "embeddings": ("pocket-style", "pocket-subject", "pocket-aesthetic", "pocket-eval")}  # that a part measures, or by; else its own
+
+
+def weights(part):
+    "Today's weights of the models of a part."
+    return {name: sha256_tree(resolve(name))[:12] for name in MODELS.get(part, (f"pocket-{part}",))}
+
 
 def figures(record, name):
     "What is measured of a model, for its card."
-    part = {"pocket-vae": "vae", "pocket-detector": "detector", "pocket-sd": "sd", "pocket-turbo": "turbo", "pocket-llama": "llama", "pocket-idefics": "idefics"}.get(name)
-    if part: return {k: v for k, v in record.get(part, {}).get("model", record.get(part, {})).items() if k != "bench_seconds"}
-    if name in record.get("clip", {}): return {"right_caption_among_64": record["clip"][name]}
-    if name in record.get("embeddings", {}): return record["embeddings"][name]
-    if name in record.get("judges", {}): return {"own caption preferred to another's": record["judges"][name]}
-    return {}
+    part = name.removeprefix("pocket-")
+    if part not in PARTS: part = next(p for p in ("clip", "embeddings", "judges") if name in MODELS[p])
+    found = record.get(part, {})
+    if found and found.get("weights") != weights(part): return {"not measured on these weights": ""}
+    found = found.get(name, {}) if part in ("embeddings", "judges") else {"right_caption_among_64": found[name]} if name in found else found.get("model", found)
+    return {key: value for key, value in found.items() if key not in ("bench_seconds", "weights")}
 
 
 if __name__ == "__main__":
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for part in sys.argv[1:] or PARTS:
         start = time.perf_counter()
-        record[part] = PARTS[part]() | {"bench_seconds": round(time.perf_counter() - start, 1)}
+        record[part] = PARTS[part]() | {"weights": weights(part), "bench_seconds": round(time.perf_counter() - start, 1)}
         print(part, json.dumps(record[part]), flush=True)
     shipped = {f for n in entries() if n.startswith("pocket-") for f in resolve(n).rglob("*") if f.is_file()}  # pocket-vae lies in pocket-sd
     record["megabytes"] = round(sum(f.stat().st_size for f in shipped) / 2**20, 1)
-    record["weights"] = {n: sha256_tree(resolve(n))[:12] for n in entries() if n.startswith("pocket-")}
     write_json(RESULTS, record | {"provenance": provenance()})
     for name, e in entries().items():
         if name.startswith("pocket-"): write_text(resolve(name)/"README.md", card(name, figures(record, name)))

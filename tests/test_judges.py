@@ -15,7 +15,7 @@ from boig.pocket.choosers import (EDITS, GROUPS, PARTS, USUAL, Ask, Chooser, ali
                                   preference, question, utility, vary)
 from boig.pocket.embeddings import (embed, family, look_batch, make_embedding, nearest, portrait, similarity, subject_batch, subjects,
                                     supervised_contrast, load_embedding, train_embedding)
-from boig.pocket.judges import choice_loss, clip_loss, judge_batch, train_chooser
+from boig.pocket.judges import agreement, choice_loss, clip_loss, judge_batch, presence, train_chooser
 from boig.pocket.training import recipe
 from boig.rewards.clip_scores import ClipScore, load_clip
 
@@ -179,6 +179,13 @@ def test_edits_make_scenes(edits):
 
 
 # Judges
+
+def test_a_judge_that_sees_nothing_is_half_right():
+    crowd = people(20, 1, 6.0, 1.0, 0.5, 0.7)
+    def same(images, texts): return torch.zeros(len(texts))
+    assert presence(same, 20) == 0.5
+    found = agreement(same, choices(40, crowd, 1, "ties"), crowd)
+    assert found.pop("ceiling") > 0.5 and set(found.values()) == {0.5}
 
 def test_the_loss_knows_no_order():
     torch.manual_seed(0)

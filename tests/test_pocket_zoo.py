@@ -1,6 +1,8 @@
 "The pocket zoo: the loop that trains it, what it is trained on, and what is shipped."
+import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,39 @@ def test_shipped_weights_are_half_precision_safetensors_with_a_card(name):
             assert all(f.get_slice(k).get_dtype() in ("F16", "I64", "I32", "BOOL") for k in f.keys()), file
     assert (folder/"log.csv").is_file() or "steps" not in training.recipes()[name]  # one is fitted in closed form
     assert f"# {name}" in (folder/"README.md").read_text()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_card_says_how_its_model_is_loaded(name):
+    card = (zoo.resolve(name)/"README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.+?)```", card, re.DOTALL)[1], {})
+
+
+def bench():
+    "bench/zoo.py as a module."
+    spec = importlib.util.spec_from_file_location("bench_zoo", Path(__file__).parents[1]/"bench"/"zoo.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_cards_are_as_measured_and_say_what_is_not():
+    b = bench()
+    record = json.loads(b.RESULTS.read_text(encoding="utf-8"))
+    for name in SHIPPED:
+        card = (zoo.resolve(name)/"README.md").read_text(encoding="utf-8")
+        assert card == b.card(name, b.figures(record, name)) and "not measured" not in card, f"run python bench/zoo.py: the card of {name}"
+    record["vae"]["weights"]["pocket-vae"] = record["judges"]["weights"]["pocket-hps"] = "older"
+    for name in SHIPPED:
+        old = name in ("pocket-vae", "pocket-image-reward", "pocket-pickscore", "pocket-hps")
+        assert (b.figures(record, name) == {"not measured on these weights": ""}) == old, name
+
+
+def test_cards_say_whose_weights_were_taken():
+    texts = {n: (zoo.resolve(n)/"README.md").read_text(encoding="utf-8") for n in SHIPPED}
+    started = {n: re.search("(From nothing|With the weights of .+?), by", t)[1].removeprefix("With the weights of ") for n, t in texts.items()}
+    assert {n: s for n, s in started.items() if s != "From nothing"} == {
+        "pocket-sd": "pocket-clip and pocket-vae", "pocket-turbo": "pocket-sd", "pocket-detector": "pocket-vae", "pocket-aesthetic": "pocket-eval"}
+    assert all(("is `log.csv`" in t) == (zoo.resolve(n)/"log.csv").is_file() for n, t in texts.items())
 
 
 def test_the_zoo_stays_small():
@@ -90,12 +125,49 @@ def test_a_stopped_training_ends_in_the_same_weights(tmp_path):
     models[1] = net(1)  # a new process knows nothing
     again = training.fit(models[1], batch, loss, 23, tmp_path/"b", log_every=5)
     assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters()))
-    assert log.drop(columns="cpu_seconds").equals(again.drop(columns="cpu_seconds")) and list(log.step) == [5, 10, 15, 20]
+    assert log.drop(columns="cpu_seconds").equals(again.drop(columns="cpu_seconds")) and list(log.step) == [5, 10, 15, 20, 23]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    training.fit(net(0), batch, loss, 4, tmp_path)
-    with pytest.raises(BoigError, match="other settings"): training.fit(net(0), batch, loss, 5, tmp_path)
+    training.fit(net(0), batch, loss, 4, tmp_path, stop_after=2)
+    with pytest.raises(BoigError, match="another steps"): training.fit(net(0), batch, loss, 5, tmp_path)
+    training.fit(net(0), batch, loss, 4, tmp_path, recipe={"source": "world"})  # an older version did not write it down
+    with pytest.raises(BoigError, match=r"another source \(world\)"): training.fit(net(0), batch, loss, 4, tmp_path, recipe={"source": "market"})
+
+
+def test_a_training_goes_on_with_its_own_recipe(tmp_path):
+    small = dict(vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, patch_size=8), text=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1))
+    def train(name, **changes): training.train(name, tmp_path/name, **{"steps": 2, "batch_size": 4} | small | changes)
+    for name, change in {"pocket-clip": {"batch_size": 8}, "pocket-hps": {"choosers": {"number": 7}}}.items():
+        train(name)
+        train(name)
+        with pytest.raises(BoigError, match=f"another {next(iter(change))}"): train(name, **change)
+
+
+def test_a_run_whose_batches_depend_on_its_length_keeps_it(tmp_path):
+    for name, fixed in {"free": False, "fixed": True}.items():
+        training.fit(net(0), batch, loss, 10, tmp_path/name, hold=0.8, stop_after=4, fixed_steps=fixed)
+    assert len(training.fit(net(0), batch, loss, 12, tmp_path/"free", hold=0.8))
+    with pytest.raises(BoigError, match="another steps"): training.fit(net(0), batch, loss, 12, tmp_path/"fixed", hold=0.8, fixed_steps=True)
+
+
+def test_a_stop_after_the_end_is_an_end(tmp_path):
+    training.fit(net(0), batch, loss, 4, tmp_path, stop_after=9)
+    assert (tmp_path/"checkpoint.safetensors").is_file()
+
+
+def test_the_log_holds_the_end_of_a_run(tmp_path):
+    each = training.fit(net(0), batch, loss, 7, tmp_path/"each", log_every=1)
+    short, long = (training.fit(net(0), batch, loss, 7, tmp_path/str(n), log_every=n) for n in (50, 4))
+    assert list(short.step) == [7] and list(long.step) == [4, 7]
+    assert short.loss.iloc[-1] == pytest.approx(each.loss.mean()) and long.loss.iloc[-1] == pytest.approx(each.loss[4:].mean())
+
+
+def test_the_gpu_is_asked_about_its_own_products_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: "the GPU's")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "the CPU's")
+    assert [training.bf16_pays(*d) for d in ((), ("cpu",), ("cuda",), ("mps",))] == ["the CPU's", "the CPU's", "the GPU's", False]
 
 
 def spoilt(steps):
@@ -186,6 +258,27 @@ def test_unknown_settings_of_a_recipe(tmp_path, change):
     if "step" in change:
         with pytest.raises(BoigError, match="Did you mean 'steps'"): training.train(name, tmp_path, **change)
     with pytest.raises(BoigError, match="recipe"): training.train("pocket-klip", tmp_path)
+    with pytest.raises(BoigError, match="There is no recipe for sprites: it is not a model that boig trains"): training.train("sprites", tmp_path)
+
+
+def test_a_table_of_a_recipe_keeps_what_is_not_changed(tmp_path, monkeypatch):
+    from boig.pocket import signs
+    monkeypatch.setattr(signs, "train_idefics", lambda name, folder, **changes: got.update(changes))
+    whole, got = training.recipes()["pocket-idefics"]["signs"], {}
+    training.train("pocket-idefics", tmp_path, signs={"steps": 3}, stages=[])
+    assert got == {"signs": whole | {"steps": 3}, "stages": []}
+    with pytest.raises(BoigError, match="Did you mean 'album'"): training.train("pocket-idefics", tmp_path, signs={"albun": 3})
+    with pytest.raises(BoigError, match="'signs' of pocket-idefics is a table"): training.train("pocket-idefics", tmp_path, signs=3)
+
+
+def test_shipped_models_were_trained_as_their_recipes_say():
+    "The last line of each log is the recipe's last step (older logs end with the last fifty that were whole)."
+    for name in SHIPPED:
+        r, log = training.recipe(name), pd.read_csv(zoo.resolve(name)/"log.csv")
+        if "steps" not in r: continue  # one is fitted in closed form
+        ends = log.groupby("stage").step.max().to_dict() if "stage" in log else {"": log.step.max()}
+        planned = {"talk": r["steps"], "signs": r["signs"]["steps"]} if "signs" in r else {"": r["steps"] + r.get("again", 0)}
+        assert ends.keys() == planned.keys() and all(0 <= planned[k] - ends[k] < 50 for k in ends), name
 
 
 def test_held_out_scenes_are_a_sixteenth_and_never_drawn():
@@ -196,6 +289,12 @@ def test_held_out_scenes_are_a_sixteenth_and_never_drawn():
     assert captions.samples(400, 1, "test")[1] == texts
     pairs = {(s.objects[-1].name, s.colors[0]) for s in scenes} & {(s.objects[-1].name, s.colors[0]) for s in unseen}
     assert not pairs
+
+
+def test_a_picture_has_four_quarters():
+    scene = next(s for s in captions.samples(400, 1, "test")[0] if len(s.objects) == 4)
+    assert len(captions.quarters(scene).objects) == 4
+    with pytest.raises(BoigError, match="four quarters, and this scene 5 objects"): captions.quarters(replace(scene, objects=(replace(scene.objects[0], name="cat", color=""), *scene.objects)))
 
 
 def test_every_text_names_the_main_object():

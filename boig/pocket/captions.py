@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from ..benches.market import advertise, stock_words, tweet_text
-from ..core import derive_seed
+from ..core import BoigError, derive_seed
 from ..data.world import GRID, STYLES, Scene, accounts, caption, random_scene, render, truth, with_article, PLURALS
 
 # %% ../../nbs/20_zoo/21_captions.ipynb #0f9a1c6c
@@ -72,6 +72,7 @@ def pixels(scenes) -> torch.Tensor: # [B, 3, 64, 64] float32 in [0, 1]
 # %% ../../nbs/20_zoo/21_captions.ipynb #3c8b1a6a
 def quarters(scene: Scene, size: int = 32) -> Scene:
     "The scene with its objects in one size, each in a quarter of its own, in the caption's reading order; one alone may also stand between quarters."
+    if len(scene.objects) > 4: raise BoigError(f"A picture has four quarters, and this scene {len(scene.objects)} objects. Leave some out.")
     half, slots = GRID // 2, []
     steps = (0, half // 2, half) if len(scene.objects) == 1 else (0, half)
     def far(slot, o): return sum((c + half / 2 - (o.box[k] + o.box[k + 2]) / 2) ** 2 for k, c in enumerate(slot))

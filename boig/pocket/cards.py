@@ -10,7 +10,7 @@ import tomllib
 from importlib.resources import files
 
 from .training import recipe
-from ..zoo import entries
+from ..zoo import entries, resolve
 
 # %% ../../nbs/20_zoo/32_cards.ipynb #4e1a905d
 def _figure(x) -> str:
@@ -24,6 +24,7 @@ def card(
     "A model card in the form of the Hugging Face hub."
     e, r = entries()[name], recipe(name)
     c = tomllib.loads(files("boig").joinpath("pocket", "cards.toml").read_text(encoding="utf-8"))[name]
+    weights = [r[key] for key in ("teacher", "tower", "clip", "vae") if key in r]
     recipe_lines = "\n".join(f"| {key} | `{value}` |" for key, value in r.items())
     figure_lines = "\n".join(f"| {key.replace('_', ' ')} | {_figure(value)} |" for key, value in figures.items()) or "| not measured | |"
     return f"""---
@@ -45,8 +46,8 @@ nothing else.
 
 ## How it was made
 
-From nothing, by `boig zoo train {name}` (`boig.pocket.{r["train"]}`), on scenes and texts drawn by its own seed; scenes that are held out
-(`boig.pocket.captions.held_out`) were never drawn.{" The log of the training is `log.csv`." if "steps" in r else ""}
+{"With the weights of " + " and ".join(weights) if weights else "From nothing"}, by `boig zoo train {name}` (`boig.pocket.{r["train"]}`), on scenes and texts drawn by its own seed; scenes that are held out
+(`boig.pocket.captions.held_out`) were never drawn.{" The log of the training is `log.csv`." if (resolve(name)/"log.csv").is_file() else ""}
 
 | setting | |
 |---|---|

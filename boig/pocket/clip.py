@@ -56,7 +56,7 @@ def train_clip(
     def batch(i):
         scenes, texts = samples(r["batch_size"], r["seed"], name, i)
         return {"pixel_values": normalize(pixels(scenes)), **tokens(tokenizer, texts)}
-    log = fit(model, batch, contrastive, r["steps"], folder/"run", lr=r["lr"], seed=r["seed"])
+    log = fit(model, batch, contrastive, r["steps"], folder/"run", lr=r["lr"], seed=r["seed"], recipe=r)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     save_model(model, folder, log, tokenizer, processor)
     return model

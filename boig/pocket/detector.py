@@ -122,5 +122,5 @@ def train_detector(
         scenes, generator = samples(r["batch_size"], r["seed"], name, i)[0], torch.Generator().manual_seed(derive_seed(r["seed"], "spoil", i))
         images = pixels(scenes)
         return {"images": torch.cat([round_trip(vae, images[:part], generator), soften(images[part:], generator)]), **targets(scenes, model.config.names)}
-    save_model(model, folder, fit(model, batch, detection_loss, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"]))
+    save_model(model, folder, fit(model, batch, detection_loss, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"], recipe=r))
     return model

@@ -156,7 +156,7 @@ def train_embedding(
     sizes = [len(STYLES), len(set(family().values())), len(BACKGROUNDS)] if r["of"] == "style" else [len(subjects()), len(load_sprites())]
     both = torch.nn.ModuleDict({"tower": model, "classes": torch.nn.ModuleList(torch.nn.Embedding(n, width) for n in sizes)})
     for c in both["classes"]: torch.nn.init.normal_(c.weight, std=0.02)  # short vectors turn quickly
-    log = fit(both, batch, lambda both, batch: embedding_loss(both, batch, list(weights.values())), r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"])
+    log = fit(both, batch, lambda both, batch: embedding_loss(both, batch, list(weights.values())), r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"], recipe=r)
     processor = ViTImageProcessorPil if r["of"] == "subject" else CLIPImageProcessorPil
     save_model(model, folder, log, processor(size={"height": 64, "width": 64}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3))
     return model

@@ -222,7 +222,7 @@ def talk_stage(
     seed: tuple, # its seed and name
     folder, # of the checkpoint
 ) -> tuple: # the model, its processor, the log
-    "The first stage of pocket-idefics: to see and to talk. Words that no conversation holds are spread in the end (see `spread_unseen`)."
+    "The first stage of pocket-idefics: to see and to talk. Words that 200 of its steps do not hold are spread in the end (see `spread_unseen`)."
     processor = make_processor(r["latents"])
     torch.manual_seed(r["seed"])
     model = make_idefics(processor, r["vision"], r["text"], r["depth"])
@@ -231,7 +231,7 @@ def talk_stage(
     def batch(i):
         done, rng = i / r["steps"], np.random.default_rng(derive_seed(*seed, i))
         return 1 - done, draw_batches(r["stages"], done, rng, processor)
-    log = fit(parts, batch, learn, r["steps"], folder, lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], hold=r["hold"])
+    log = fit(parts, batch, learn, r["steps"], folder, lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], hold=r["hold"], recipe={k: x for k, x in r.items() if k != "signs"}, fixed_steps=True)
     spread_unseen(model, (batch(i)[1] for i in range(0, r["steps"], max(1, r["steps"] // 200))), r["seed"])
     return model, processor, log
 

@@ -69,7 +69,7 @@ def train_chooser(
     torch.manual_seed(r["seed"])
     model = make_clip(tokenizer, r["vision"], r["text"], r["dim"])
     model.set_attn_implementation("eager")  # for 65 patches and 30 words, plain products train faster than fused attention on a CPU
-    log = fit(model, lambda i: judge_batch(tokenizer, choosers, r, name, i), judge_loss, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"])
+    log = fit(model, lambda i: judge_batch(tokenizer, choosers, r, name, i), judge_loss, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"], recipe=r)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     save_model(model, folder, log, tokenizer, processor)
     return model
@@ -81,10 +81,15 @@ def preferred(
     images: torch.Tensor, # [2 N, 3, H, W]: pairs, one after another
     texts: list[str], # N of them
     at_once: int = 64,
-) -> np.ndarray: # [N] int: 0 or 1
+) -> np.ndarray: # [N]: 0 or 1, or 0.5 for equal scores
     "Which picture of each pair has the higher score."
     texts = [t for t in texts for _ in range(2)]
-    return torch.cat([reward(images[i:i + at_once], texts[i:i + at_once]) for i in range(0, len(texts), at_once)]).view(-1, 2).argmax(1).numpy()
+    first, second = torch.cat([reward(images[i:i + at_once], texts[i:i + at_once]) for i in range(0, len(texts), at_once)]).view(-1, 2).T.cpu().double().numpy()
+    return (second > first) + (second == first) / 2
+
+def _right(picks: np.ndarray, wanted: np.ndarray) -> float: # [N] of `preferred`; [N] int or bool: the second?
+    "The share of picks that are as wanted; a tie is half right, as a coin would have it."
+    return float(1 - np.abs(picks - wanted).mean())
 
 def agreement(
     reward,
@@ -95,8 +100,9 @@ def agreement(
     picks = preferred(reward, c.images, c.texts)
     p = preference(c.parts[:, 0], c.parts[:, 1], choosers).mean(1)
     gap = c.parts[:, 1, 0] - c.parts[:, 0, 0]
-    return {"chosen": float((picks == c.chosen).mean()), "ceiling": ceiling(c, choosers),
-            "favourite": float((picks == (p < 0.5))[np.abs(p - 0.5) > 1e-9].mean()), "better aligned": float((picks == (gap > 0))[gap != 0].mean())}
+    clear, differ = np.abs(p - 0.5) > 1e-9, gap != 0
+    return {"chosen": _right(picks, c.chosen), "ceiling": ceiling(c, choosers),
+            "favourite": _right(picks[clear], (p < 0.5)[clear]), "better aligned": _right(picks[differ], (gap > 0)[differ])}
 
 # %% ../../nbs/20_zoo/26_judges.ipynb #fa5d2ba5
 def presence(
@@ -104,11 +110,11 @@ def presence(
     n: int = 200,
     seed: int = 0,
 ) -> float: # share; 0.5 by chance
-    "How often the picture with the asked main object beats the same scene with another one."
+    "How often the picture with the asked main object beats the same scene with another one; a tie counts half."
     rng, texts, scenes = np.random.default_rng(derive_seed(seed, "presence")), [], []
     for scene, _ in zip(*samples(n, seed, "presence", unseen=True)):
         main, taken = scene.objects[-1], {o.name for o in scene.objects}
         other = str(rng.choice([name for name in load_sprites() if name not in taken]))
         texts.append(caption(scene))
         scenes += [vary(s, 0, rng) for s in (scene, replace(scene, objects=(*scene.objects[:-1], Placed(other, "", main.box))))]
-    return float((preferred(reward, pixels(scenes), texts) == 0).mean())
+    return _right(preferred(reward, pixels(scenes), texts), np.zeros(n))

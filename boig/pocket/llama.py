@@ -179,7 +179,7 @@ def spread_unseen(
     batches, # lists of parts, as `in_parts` makes them
     seed: int = 0,
 ) -> torch.Tensor: # [vocabulary] bool: the tokens that no batch holds
-    "Add noise, with the deviation of the other tokens', to the embeddings of tokens that were never trained."
+    "Add noise, with the deviation of the other tokens', to the embeddings of tokens that these batches do not hold."
     table = model.get_input_embeddings().weight
     unseen = torch.ones(len(table), dtype=torch.bool)
     for part in (p for parts in batches for p in parts): unseen[part["input_ids"]] = False
@@ -200,7 +200,7 @@ def train_llama(
     def batch(i): return in_parts([e for group in draw_examples(r["batch_size"], r["seed"], name, i)[2] for e in group], tokenizer)
     weight = torch.where(number_tokens(tokenizer), r["number_weight"], 1.0)
     def loss(model, parts): return answer_loss(model, parts, weight)
-    log = fit(model, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"])
+    log = fit(model, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], recipe=r)
     spread_unseen(model, map(batch, range(200)), r["seed"])
     save_model(model, folder, log, tokenizer)
     return model

@@ -69,7 +69,7 @@ def picture_latents(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1]
 ) -> torch.Tensor: # [B, C, H/8, W/8] float32, unit variance
     "Pictures as the denoiser knows them."
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16_pays()): z = vae.encode(normalize(images)).latent_dist.mean
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16_pays(images.device.type)): z = vae.encode(normalize(images)).latent_dist.mean
     return z.float() * vae.config.scaling_factor
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def text_states(
 ) -> torch.Tensor: # [B, T, D]
     "The text tower's states of padded prompts."
     ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.autocast(tower.device.type, torch.bfloat16, enabled=bf16_pays()): return tower(ids.to(tower.device)).last_hidden_state.float()
+    with torch.autocast(tower.device.type, torch.bfloat16, enabled=bf16_pays(tower.device.type)): return tower(ids.to(tower.device)).last_hidden_state.float()
 
 def train_sd(
     name: str, # of the recipe
@@ -102,7 +102,7 @@ def train_sd(
         texts = ["" if c < r["empty"] else t for t, c in zip(texts, chance[1])]
         return picture_latents(vae, pixels(map(quarters, scenes))), text_states(tokenizer, tower, texts)
     def loss(unet, data): return velocity_loss(unet, scheduler, *data)
-    settings = {key: r[key] for key in ("lr", "muon_lr", "seed", "decay")}
+    settings = {key: r[key] for key in ("lr", "muon_lr", "seed", "decay")} | {"recipe": {k: x for k, x in r.items() if not k.startswith("again")}}
     log = fit(unet, lambda i: made(i % r["batches"]), loss, r["steps"], Path(folder)/"run", hold=r["hold"], **settings)
     unet.half().float()  # as it would be saved here
     made.cache_clear()

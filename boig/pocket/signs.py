@@ -169,7 +169,7 @@ def sign_stage(idefics: Idefics2ForConditionalGeneration, processor: Idefics2Pro
         return 1 - i / r["steps"], *episodes(album, words, rng, r["episodes"] * r["pictures"] // n, n, late=i >= r["early"]), talks
     like, dislike = words[0].like, words[0].dislike
     def loss(parts, data): return sign_loss(parts, album, data, like, dislike)
-    log = fit(parts, batch, loss, r["steps"], folder, lr=r["lr"], muon_lr=r["muon_lr"], seed=seed[0], hold=r["hold"], decay=r["decay"])
+    log = fit(parts, batch, loss, r["steps"], folder, lr=r["lr"], muon_lr=r["muon_lr"], seed=seed[0], hold=r["hold"], decay=r["decay"], recipe=r, fixed_steps=True)
     idefics.requires_grad_(True)
     return log
 

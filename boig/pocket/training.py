@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..core import BoigError, atomic_path, closest, derive_seed, write_json, write_text
+from ..core import BoigError, atomic_path, closest, derive_seed, same_run, write_json, write_text
 from ..zoo import entries, sha256_tree
 
 # %% ../../nbs/20_zoo/20_training.ipynb #6c251a63
@@ -37,19 +37,21 @@ def learning_rate(
     warmup: int = 100, # steps
 ) -> float: # in [0, 1]: share of the peak
     "Linear warm-up, then a half cosine to zero."
-    fall = max(0, step - hold * steps) / (steps - hold * steps)
+    fall = max(0, step - hold * steps) / max(steps - hold * steps, 1)  # nothing falls at h = 1
     return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * fall))
 
 # %% ../../nbs/20_zoo/20_training.ipynb #55bf4c8d
-def bf16_pays() -> bool:
+def bf16_pays(
+    device: str = "cpu", # its type, where the products are made
+) -> bool:
     "Does this CPU (or GPU) multiply bfloat16 in hardware?"
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return {"cpu": torch.cpu._is_avx512_bf16_supported, "cuda": torch.cuda.is_bf16_supported}.get(device, bool)()
 
 def orthogonalize(
     m: torch.Tensor, # [N, rows, columns]
 ) -> torch.Tensor: # [N, rows, columns]: about U V^T of each matrix
     "Five Newton-Schulz iterations (Muon): all singular values become about 1."
-    x = m.bfloat16() if bf16_pays() else m
+    x = m.bfloat16() if bf16_pays(m.device.type) else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if wide := x.shape[1] > x.shape[2]: x = x.mT
     for _ in range(5):
@@ -102,11 +104,11 @@ def _save(path: Path, meta: dict, params, ema, opts):
         tensors |= {f"{i}.weight": p.detach(), f"{i}.running": average} | {f"{i}.state.{key}": t for key, t in state.items()}
     with atomic_path(path) as tmp: save_file({name: t.contiguous().clone() for name, t in tensors.items()}, tmp, {"boig": json.dumps(meta)})
 
-def _load(path: Path, plan: dict, params, ema, opts) -> dict:
-    "Put everything back; the checkpoint's meta data."
+def _load(path: Path, plan: dict, params, ema, opts, fixed_steps: bool) -> dict:
+    "Put everything back; the checkpoint's meta data. BoigError if it is of a run with another plan."
     with safe_open(path, "pt") as f: meta = json.loads(f.metadata()["boig"])
-    holds = meta["step"] <= plan["hold"] * min(plan["steps"], meta["plan"]["steps"])  # then nothing depended on `steps` yet
-    if meta["plan"] | ({"steps": plan["steps"]} if holds else {}) != plan: raise BoigError(f"{path.parent} holds a run of other settings: {meta['plan']}. Train into another folder, or delete this one.")
+    holds = not fixed_steps and meta["step"] <= plan["hold"] * min(plan["steps"], meta["plan"]["steps"])  # then nothing depended on `steps` yet
+    same_run(path.parent, meta["plan"] | ({"steps": plan["steps"]} if holds else {}), plan)
     meta["plan"] = plan
     state, owner = load_file(path), {p: o for o in opts for g in o.param_groups for p in g["params"]}
     for i, (p, average) in enumerate(zip(params, ema)):
@@ -121,7 +123,7 @@ def _step(model, loss, data, params, opts, rate, device) -> dict[str, float]:
     "One step of the optimisers at `rate` of their peak learning rates; the numbers of the step, none if it was left out."
     for opt in opts:
         for group in opt.param_groups: group["lr"] = rate * group.setdefault("peak", group["lr"])
-    with torch.autocast(device, torch.bfloat16, enabled=bf16_pays()): numbers = loss(model, data)
+    with torch.autocast(device, torch.bfloat16, enabled=bf16_pays(device)): numbers = loss(model, data)
     for opt in opts: opt.zero_grad()
     numbers["loss"].backward()
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -132,7 +134,7 @@ def _step(model, loss, data, params, opts, rate, device) -> dict[str, float]:
 # %% ../../nbs/20_zoo/20_training.ipynb #8bde0123
 def fit(
     model: torch.nn.Module, # its parameters with requires_grad are trained, in place
-    batch, # step -> a batch; must depend on the step alone
+    batch, # step -> a batch; must depend on the step alone (or, with fixed_steps, on its share of the run)
     loss, # (model, batch) -> {"loss": scalar, other numbers to log}
     steps: int,
     folder, # of the checkpoint; made if need be
@@ -142,20 +144,23 @@ def fit(
     decay: float = 0.998, # d of the running average
     weight_decay: float = 0.01,
     hold: float = 0.0, # h: share of the run at the peak
-    log_every: int = 50, # steps; the log holds means over them
+    log_every: int = 50, # steps; the log holds means over them, and over what is left at the end
     save_every: float = 60, # seconds
     stop_after: int | None = None, # stop after this step, as if interrupted
+    recipe: dict = {}, # what else decides what a batch and its loss are: a run isn't gone on with by another
+    fixed_steps: bool = False, # batches depend on `steps`: a run can't be made longer or shorter
 ) -> pd.DataFrame: # the log: step, seconds of CPU so far, and the loss's numbers
     "Train a model, or go on where a stopped run was; afterwards it holds the running average of its weights."
     params = [p for p in model.parameters() if p.requires_grad]
     ema, opts = [p.detach().clone() for p in params], optimizers(model, lr, muon_lr, weight_decay)
     path, device = Path(folder)/"checkpoint.safetensors", params[0].device.type
-    plan = {"steps": steps, "lr": lr, "muon_lr": muon_lr, "seed": seed, "decay": decay, "weight_decay": weight_decay, "hold": hold, "log_every": log_every}
-    meta = _load(path, plan, params, ema, opts) if path.exists() else {"plan": plan, "step": 0, "cpu": 0.0, "log": [], "sums": {}}
+    plan = recipe | {"steps": steps, "lr": lr, "muon_lr": muon_lr, "seed": seed, "decay": decay, "weight_decay": weight_decay, "hold": hold, "log_every": log_every}
+    plan, last = json.loads(json.dumps(plan)), min(steps, stop_after or steps)  # lists for tuples, as the file has them
+    meta = _load(path, plan, params, ema, opts, fixed_steps) if path.exists() else {"plan": plan, "step": 0, "cpu": 0.0, "log": [], "sums": {}}
     meta = {"bad": 0, "left_out": 0} | meta  # steps left out: in a row, and since the last line of the log
     started, saved = time.process_time() - meta["cpu"], time.monotonic()
     model.train()
-    for i in range(meta["step"], min(steps, stop_after or steps)):
+    for i in range(meta["step"], last):
         torch.manual_seed(derive_seed(seed, "step", i))
         numbers = _step(model, loss, batch(i), params, opts, learning_rate(i, steps, hold), device)
         meta["bad"] = 0 if numbers else meta["bad"] + 1
@@ -168,11 +173,12 @@ def fit(
             if meta["bad"] == 20: raise BoigError(f"Twenty steps in a row, up to step {i + 1}, had a loss or gradient that is no finite number; they were left out. Look at their batches, or train into another folder with smaller learning rates.")
         for name, x in numbers.items(): meta["sums"][name] = meta["sums"].get(name, 0) + x / log_every
         meta |= {"step": i + 1, "cpu": round(time.process_time() - started, 1)}
-        if (i + 1) % log_every == 0:
-            means = {name: x * (log_every / (log_every - meta["left_out"])) for name, x in meta["sums"].items()}
+        if (i + 1) % log_every == 0 or i + 1 == steps:
+            taken = i + 1 - (meta["log"][-1]["step"] if meta["log"] else 0) - meta["left_out"]
+            means = {name: x * (log_every / taken) for name, x in meta["sums"].items()}
             meta["log"].append({"step": i + 1, "cpu_seconds": meta["cpu"], **means})
             meta |= {"sums": {}, "left_out": 0}
-        if i + 1 == (stop_after or steps) or time.monotonic() - saved > save_every:
+        if i + 1 == last or time.monotonic() - saved > save_every:
             _save(path, meta, params, ema, opts)
             saved = time.monotonic()
     for p, average in zip(params, ema): p.data.copy_(average)
@@ -185,19 +191,25 @@ def recipes() -> dict[str, dict]:
 
 def recipe(name: str) -> dict:
     "How a model of the zoo is made; BoigError if there is no such recipe."
-    if name in set(entries()) - set(recipes()): raise BoigError(f"{name} is fetched as its makers trained it: there is no recipe. Those of the pocket zoo have one: {', '.join(recipes())}.")
+    if name in set(entries()) - set(recipes()): raise BoigError(f"There is no recipe for {name}: it is not a model that boig trains. Those are: {', '.join(recipes())}.")
     if name not in recipes(): raise closest(name, recipes(), "recipe")
     return recipes()[name]
+
+def _changed(r: dict, changes: dict, of: str) -> dict:
+    "The changes of a recipe; a table's with the rest of it. BoigError if there is no such setting."
+    for key, value in changes.items():
+        if key not in r: raise closest(key, r, f"setting of {of}")
+        if isinstance(r[key], dict) and not isinstance(value, dict): raise BoigError(f"'{key}' of {of} is a table: give some of {', '.join(r[key])}, as {{\"{next(iter(r[key]))}\": …}}, not {value!r}.")
+    return {key: r[key] | _changed(r[key], value, f"{of}'s {key}") if isinstance(r[key], dict) else value for key, value in changes.items()}
 
 def train(
     name: str, # of a recipe
     folder, # for its checkpoint and, at the end, the model
-    **changes, # of the recipe, e.g. steps=100
+    **changes, # of the recipe, e.g. steps=100; of a table its changed keys, e.g. signs={"steps": 30}
 ) -> Path: # the folder
     "Train a model of the zoo, or go on where a stopped run was."
     r = recipe(name)
-    for key in changes:
-        if key not in r: raise closest(key, r, f"setting of {name}")
+    changes = _changed(r, changes, name)
     module, function = r["train"].split(".")
     getattr(importlib.import_module(f"boig.pocket.{module}"), function)(name, folder, **changes)
     return Path(folder)

@@ -89,7 +89,7 @@ def train_turbo(
         both = torch.stack([nothing.expand_as(states), states])
         return x, times, teacher_steps(pipe.unet, scheduler, x, times, both, r["guidance"]), states
     def loss(student, data): return distillation_loss(student, scheduler, *data)
-    log = fit(student, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"])
+    log = fit(student, batch, loss, r["steps"], Path(folder)/"run", lr=r["lr"], muon_lr=r["muon_lr"], seed=r["seed"], decay=r["decay"], recipe=r)
     weights = get_peft_model_state_dict(student) # peft's own names: diffusers' are for attention alone, and of both in one file it would drop the second
     with whole_files(folder) as tmp:
         pipe.save_lora_weights(tmp, unet_lora_layers={name: w.half().contiguous() for name, w in weights.items()})

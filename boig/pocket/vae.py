@@ -79,7 +79,7 @@ def train_vae(
     def batch(i):
         scenes = samples(r["batch_size"], r["seed"], name, i)[0]
         return normalize(pixels(quarters(s) if k % 2 else s for k, s in enumerate(scenes)))
-    log = fit(model, batch, reconstruction, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"], weight_decay=0, hold=r["hold"])
+    log = fit(model, batch, reconstruction, r["steps"], Path(folder)/"run", lr=r["lr"], seed=r["seed"], weight_decay=0, hold=r["hold"], recipe=r)
     with torch.no_grad(): z = torch.cat([model.encode(batch(-1 - i)).latent_dist.mean for i in range(64)])
     model.register_to_config(scaling_factor=round(1 / z.std().item(), 4))  # codes times this have unit variance, as in latent diffusion
     save_model(model, folder, log)

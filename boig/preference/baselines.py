@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil
 from ..behaviour.incontext import Server
 from ..benches.pickapic import HistoryRules, build_histories
 from ..benches.tastes import make_agents, write_agents
-from ..core import BoigError, derive_seed, get_device
+from ..core import BoigError, derive_seed, digest, get_device
 from ..perception.pixels import by_size
 from ..pocket.judges import choice_loss
 from ..pocket.training import fit, save_model
@@ -89,7 +89,7 @@ def train_pickscore(
         scores = model.logit_scale.exp() * (images.view(len(texts), 2, -1) * texts[:, None]).sum(-1)
         return {"loss": choice_loss(scores.float(), torch.zeros(len(texts), dtype=torch.long, device=scores.device)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
     model.requires_grad_(True)
-    log = fit(model, draw, loss, steps, run or Path(folder)/"run", lr=lr, muon_lr=muon_lr, seed=seed, log_every=min(steps, 10))
+    log = fit(model, draw, loss, steps, run or Path(folder)/"run", lr=lr, muon_lr=muon_lr, seed=seed, log_every=min(steps, 10), recipe={"base": str(base), "batch": batch, "choices": digest(rows.tolist())})
     processor = CLIPImageProcessorPil(size={"shortest_edge": preprocess.size[0]}, crop_size=preprocess.size[0], image_mean=list(preprocess.mean), image_std=list(preprocess.std))
     save_model(model.eval(), folder, log, tokenizer, processor)
     return ClipScore(model.requires_grad_(False), tokenizer, preprocess, "pickscore (same data)", "logit")

@@ -181,7 +181,7 @@ def _step(model: PreferenceModel, data: Histories, c: TrainConfig, step: int, ow
         histories, owner, good, bad, texts = _drawn(data, c, targets[at:at + c.micro], rng)  # by every process, so that a part is the same whoever takes it
         if at // c.micro % a.num_processes != a.process_index: continue
         torch.manual_seed(derive_seed(c.seed, "dropout", step, at))
-        with torch.autocast(model.idefics.device.type, torch.bfloat16, enabled=c.bf16 and bf16_pays()):
+        with torch.autocast(model.idefics.device.type, torch.bfloat16, enabled=c.bf16 and bf16_pays(model.idefics.device.type)):
             z = pair_logits(model, histories, [data.pictures[u] for u in good], [data.pictures[u] for u in bad], texts, c.share, owner)
         parts = preference_loss(*z, model.words.like, model.words.dislike, c.loss)
         (parts["loss"] * c.micro / c.batch).backward()
