@@ -15,6 +15,7 @@ from boig.behaviour.generate import Constraint, generate_answers, verbalization_
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, STOCK, instruction
 from boig.benches.market import seen
+from boig.core import BoigError
 from boig.data.verbalization import parse, problems
 from boig.data.world import render, truth
 from boig.pocket import idefics, llama, signs
@@ -260,6 +261,13 @@ def test_idefics_is_saved_and_loaded(tiny_idefics, processor):
 def test_idefics_training_is_repeatable(tiny_idefics, tmp_path):
     again = signs.train_idefics("pocket-idefics", tmp_path, **SMALL)
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), tiny_idefics[0].parameters()))
+
+
+def test_a_longer_idefics_is_another_one(tmp_path):
+    "Its stages and the weight of its heads go by the share of the run, so even at one rate it can't be made longer."
+    signs.train_idefics("pocket-idefics", tmp_path, **SMALL | {"hold": 1.0})
+    with pytest.raises(BoigError, match="another steps"): signs.train_idefics("pocket-idefics", tmp_path, **SMALL | {"hold": 1.0, "steps": 3})
+    with pytest.raises(BoigError, match="another steps"): signs.train_idefics("pocket-idefics", tmp_path, **SMALL | {"hold": 1.0, "signs": SMALL["signs"] | {"steps": 3}})
 
 
 def test_latents_differ(tiny_idefics):
