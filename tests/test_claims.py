@@ -270,6 +270,8 @@ def test_shipped_results_are_what_their_records_say(scale):
     assert {p.name for p in folder.glob("notebooks/*.ipynb")} <= {*written}
     assert len(there) >= 37 and there == {name: written[name] for name in there}
     if scale == "pocket": assert not any(r["provenance"]["changed_since_commit"] for r in records) and png_record(folder/"boig_figure5.png")["generated"]
+    made = {f: sha for r in records for f, sha in r["outputs"].items()}
+    assert not [(r["stage"], f) for r in records for f, sha in r["inputs"].items() if made.get(f, sha) != sha]  # no stage read another run's data
     shown = ["id", "claim", "measured", "low", "high", "n", "verdict", "row", "tests", "oracle", "oracle measured", "seeds"]
     again = judge([folder, *sorted(folder.glob("seed-*"))], write=False).to_csv(index=False)
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(again))[shown], pd.read_csv(folder/"claims.csv")[shown], rtol=1e-5, atol=1e-6)
