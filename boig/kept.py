@@ -9,10 +9,9 @@ __all__ = ['pieces', 'hashes', 'place_of', 'keep', 'find', 'bring_back']
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
-from .core import sha256_file, write_json
+from .core import scratch, sha256_file, write_json
 
 # %% ../nbs/95_front/92_kept.ipynb #e98d9ee6
 def pieces(files) -> list[str]:
@@ -39,12 +38,11 @@ def _same(source: Path, target: Path):
 
 def _place(source: Path, target: Path):
     "Put `source` where `target` is, in one step for a file; a folder is moved aside first."
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as tmp:
-        _same(source, Path(tmp)/"new")
-        if target.is_dir() and not target.is_symlink(): os.replace(target, Path(tmp)/"old")
+    with scratch(target) as tmp:
+        _same(source, tmp/"new")
+        if target.is_dir() and not target.is_symlink(): os.replace(target, tmp/"old")
         # two names of one file: POSIX would rename nothing, and that is right
-        os.replace(Path(tmp)/"new", target)
+        os.replace(tmp/"new", target)
 
 # %% ../nbs/95_front/92_kept.ipynb #ed373ab1
 def place_of(results: Path, name: str, key: str) -> Path:
@@ -54,12 +52,11 @@ def place_of(results: Path, name: str, key: str) -> Path:
 def keep(results: Path, done: dict, also=()):
     "Keep a finished result: the files of its marker `done`, and `also` these; whole or not at all."
     folder = place_of(results, done["stage"], done["key"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as tmp:
-        new = Path(tmp)/"kept"
+    with scratch(folder) as tmp:
+        new = tmp/"kept"
         for piece in pieces([*done["outputs"], *also]): _same(Path(results)/piece, new/piece)
         write_json(new/"done.json", done)
-        if folder.is_dir(): os.replace(folder, Path(tmp)/"old")
+        if folder.is_dir(): os.replace(folder, tmp/"old")
         os.replace(new, folder)
 
 # %% ../nbs/95_front/92_kept.ipynb #b2139879

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict
 from functools import cached_property
@@ -31,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from .batches import GroupDataset, PackGroups, PadGroups, Rounds, leak, weighted_loss
 from ..benches.instructions import DataSpec, Example, examples, listing1, template
-from ..core import BoigError, derive_seed, digest, get_device, same_run, seed_everything, write_json, write_text
+from ..core import BoigError, derive_seed, digest, get_device, same_run, scratch, seed_everything, write_json, write_text
 from ..data.verbalization import parse
 from ..zoo import resolve
 
@@ -318,8 +317,7 @@ def finetune(
 def save_llm(model, tokenizer, folder):
     "Save model (or its LoRA adapter) and tokenizer as a standard folder; `folder` appears whole or not at all."
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+    with scratch(folder) as tmp:
         model.save_pretrained(f"{tmp}/model")
         tokenizer.save_pretrained(f"{tmp}/model")
         if folder.exists(): os.replace(folder, f"{tmp}/old")

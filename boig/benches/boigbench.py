@@ -9,14 +9,13 @@ __all__ = ['RANKS', 'RULES', 'MIX', 'WHOLE', 'SORTED', 'Rules', 'spin', 'find_th
 # %% ../../nbs/48_benches/52_boigbench.ipynb #cfd6a0c6
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import duckdb
 import numpy as np
 import pandas as pd
 
 from .x_api import POSTS, database, literal, own_handles, parquet
-from ..core import BoigError, atomic_path, closest, derive_seed
+from ..core import BoigError, atomic_path, closest, derive_seed, scratch
 
 # %% ../../nbs/48_benches/52_boigbench.ipynb #75e67acb
 @dataclass(frozen=True)
@@ -264,8 +263,7 @@ def choose_pictures(
 ) -> Report:
     "BoigBench before its pictures are read (§2.1): one row a picture, with id, bucket, split and subgroup."
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as tmp, database(tmp, memory, threads) as con:
+    with scratch(out) as tmp, database(tmp, memory, threads) as con:
         con.execute("SET preserve_insertion_order = false")
         _open(con, posts)
         span = _span(con, rules)

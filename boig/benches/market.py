@@ -13,8 +13,6 @@ import datetime
 import json
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -25,7 +23,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ..core import BoigError, derive_seed, digest
+from ..core import BoigError, derive_seed, digest, scratch
 from ..data.palette import COLOR_NAMES
 from ..data.verbalization import Verbalization
 from ..data.world import (BACKGROUNDS, GRID, ORACLE_VERSION, PLURALS, STYLES, Context, Scene, accounts, arrange, expected,
@@ -350,17 +348,11 @@ def write_market(
     for name, value in {"tweets": tweets, "stock": stock, "seed": seed, "malformed": malformed}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0: raise BoigError(f"{name} must be a whole number, 0 or more, not {value!r}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise BoigError(f"'{folder}' is already there. Remove it or choose another folder.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-    except OSError as e: raise BoigError(f"Cannot write in '{folder.parent}': {e.strerror}. Choose a folder you can write to.") from e
-    try:
+    with scratch(folder) as tmp:
         (tmp/"truth").mkdir()
         _write_tweets(tmp, make_tweets(tweets, seed), seed, malformed)
         _write_stock(tmp, make_stock(stock, seed))
         about = {"simulated": True, "oracle_version": ORACLE_VERSION, "tweets": tweets, "stock": stock, "seed": seed, "malformed": malformed}
         (tmp/"truth"/"about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        os.chmod(tmp, 0o755)
         os.replace(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder

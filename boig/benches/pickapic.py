@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 
 from .x_api import database, literal, parquet
-from ..core import BoigError, atomic_path, derive_seed, write_json
+from ..core import BoigError, atomic_path, derive_seed, scratch, write_json
 from ..perception.pixels import open_rgb, to_tensor
 
 # %% ../../nbs/48_benches/58_pickapic.ipynb #0e99ae4d
@@ -249,7 +248,7 @@ def build_histories(
         raise BoigError(f"{files[0]} is not Pick-a-Pic v2: it lacks {', '.join(bad)}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as tmp, database(tmp, memory, threads) as con:
+    with scratch(folder/"database") as tmp, database(tmp, memory, threads) as con:
         con.execute("SET preserve_insertion_order = false")
         report = _triples(con, files, rules)
         if pictures: report |= _drop_lost(con, files, folder, rules)

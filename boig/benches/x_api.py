@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -26,7 +25,7 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core import BoigError, atomic_path, digest, write_json
+from ..core import BoigError, atomic_path, digest, scratch, write_json
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #8921da9f
 POSTS = pa.schema([
@@ -295,9 +294,8 @@ def write_posts(
     "Pages of X API v2 as one table of posts, each tweet once; BoigError only if nothing at all can be used."
     out, summary = Path(out), Summary()
     files = [f for f in _files(source) if f.resolve() != out.resolve()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as tmp, database(tmp, memory, threads=1) as con: # one thread keeps the order of the rows
-        (folder := Path(tmp)/"raw").mkdir()
+    with scratch(out) as tmp, database(tmp, memory, threads=1) as con: # one thread keeps the order of the rows
+        (folder := tmp/"raw").mkdir()
         _gather(con, files, folder, summary, previews)
         summary.files = len(files)
         if not summary.tweets: raise BoigError(f"No tweets in '{source}'" + (f"; the first problem: {summary.places[0]}" if summary.places else ": no pages (.jsonl) and no tables (.parquet)."))

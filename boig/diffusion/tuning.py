@@ -9,7 +9,6 @@ __all__ = ['TuningConfig', 'check_positive', 'check_share', 'check_choice', 'fin
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #04d10fbe
 import math
 import shutil
-import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
-from ..core import BoigError, atomic_path, derive_seed, fingerprint, same_run, seed_everything, write_csv
+from ..core import BoigError, atomic_path, derive_seed, fingerprint, same_run, scratch, seed_everything, write_csv
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #32ab54ce
 @dataclass(frozen=True)
@@ -200,13 +199,13 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
     restore(run, *(part for part in run.before if part != "unet"))
     with run.together():
         if run.accelerator.is_main_process:
-            with tempfile.TemporaryDirectory(dir=run.folder, prefix=f".{name}.") as tmp:
+            with scratch(run.folder/name) as tmp:
                 if run.config.lora_rank:
                     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=run.adapter))
                     pipe.save_lora_weights(f"{tmp}/new", unet_lora_layers=layers)
                 else: pipe.save_pretrained(f"{tmp}/new")
                 shutil.rmtree(run.folder/name, ignore_errors=True)
-                Path(tmp, "new").rename(run.folder/name)
+                (tmp/"new").rename(run.folder/name)
     if (half := run.before["unet"]) != torch.float32: warnings.warn(f"The pipeline in memory is {str(half).removeprefix('torch.')} again, which rounds what was learned; {run.folder/name} has it whole.", stacklevel=2)
     restore(run, "unet")
     return run.folder/name

@@ -14,7 +14,6 @@ import os
 import time
 import re
 import shutil
-import tempfile
 import tomllib
 import warnings
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..core import BoigError, atomic_path, closest, derive_seed, same_run, write_json, write_text
+from ..core import BoigError, atomic_path, closest, derive_seed, same_run, scratch, write_json, write_text
 from ..zoo import entries, sha256_tree
 
 # %% ../../nbs/20_zoo/20_training.ipynb #6c251a63
@@ -225,9 +224,8 @@ def whole_files(
 ): # yields a temporary Path beside it
     "Save into the yielded folder; when the block ends well, each file is moved into `folder` in one step."
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as tmp:
-        (new := Path(tmp)/"new").mkdir()
+    with scratch(folder) as tmp:
+        (new := tmp/"new").mkdir()
         yield new
         shutil.copytree(new, folder, copy_function=os.replace, dirs_exist_ok=True)
 
