@@ -66,7 +66,7 @@ def select(
 ) -> list[tuple]: # (values that tell the rows apart, the rows): several seeds make several rows
     "The rows that a test asks for; an empty list where one of its values is not there."
     found = []
-    last = {k: max((r[k] for r in table), default=None) for k, v in rows.items() if v == "last"}
+    last = {k: max((x for r in table if (x := r[k]) == x), default=None) for k, v in rows.items() if v == "last"}
     for wanted in product(*(v if isinstance(v, list) else [v] for v in (rows | last).values())):
         groups = {}
         for r in table:
@@ -225,6 +225,7 @@ def n_needed(outcomes: list[Outcome], need: str = "all") -> float: # NaN if noth
         return s.n * (half / s.value) ** 2 if s.value and half > 0 else math.inf
     if not k or any(o.slack is None for o in outcomes): return math.nan
     right, wrong = (sorted(cost(o) for o in outcomes if (o.slack.value > 0) == side) for side in (True, False))
+    if any(map(math.isnan, right + wrong)): return math.nan # a sorted list with NaN in it has no order
     chosen = right[must - 1] if len(right) >= must else wrong[k - must]
     return math.ceil(round(chosen, 6)) if math.isfinite(chosen) else math.nan
 

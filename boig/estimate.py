@@ -16,7 +16,8 @@ from .core import BoigError, closest, project_root
 def seconds(s: float) -> str:
     "A time for people."
     if s >= 5400: return f"{s / 3600:.1f} h"
-    return f"{s:.1f} s" if s < 10 else f"{s:.0f} s" if s < 120 else f"{s//60:.0f} min {s%60:.0f} s"
+    if s < 10: return f"{s:.1f} s"
+    return f"{s} s" if (s := round(s)) < 120 else f"{s // 60} min {s % 60} s"
 
 # %% ../nbs/95_front/93_estimate.ipynb #ad222fe5
 @lru_cache(maxsize=1)

@@ -64,6 +64,8 @@ def test_samples_needed_by_hand(folder):
     assert one(folder, test(["up", "open"])).n_needed == 400 and pd.isna(one(folder, test(["up", "nowhere"])).n_needed)
     still = Outcome("t", "", Number(0, 0, 0, 5), Number(0, 0, 0, 5))
     assert math.isnan(n_needed([still])) and verdict([still]) == "undecided"
+    nobody, *rest = (Outcome("t", "", None, Number(0.1, -0.1, 0.3, n)) for n in (math.nan, 20, 30))  # who knows of how many samples?
+    assert all(math.isnan(n_needed(o, need)) for o in ([nobody, *rest], [*rest, nobody]) for need in ("all", "most"))
 
 def test_more_samples_decide():
     "The promise of n_needed: shrink the interval by its rule, and the verdict falls."
@@ -153,6 +155,7 @@ def test_two_rows_of_one_seed_are_an_error():
 def test_patterns_lists_and_the_last():
     rows = [{"m": m, "e": e} for m in ("pocket-eval", "clip-score", "dino") for e in (0, 5)]
     assert [k for k, _ in select(rows, {"m": "*-eval|clip*", "e": "last"})] == [("pocket-eval", 5), ("clip-score", 5)]
+    for some in ([{"m": "dino", "e": math.nan}, *rows], [*rows, {"m": "dino", "e": math.nan}]): assert [k for k, _ in select(some, {"m": "dino", "e": "last"})] == [("dino", 5)]
     assert [(k, len(g)) for k, g in select(rows, {"m": ["dino", "d?"]})] == [(("dino",), 2), (("d?",), 0)]
 
 # -- the shipped claims ---------------------------------------------------------------------------------------------------------
