@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .claims import ends_of, judge, read_table
-from .core import BoigError, project_root, write_text
+from .core import BoigError, project_root, visible, write_text
 
 # %% ../nbs/95_front/99_compare.ipynb #fe41ce26
 TOLERANCE = "one lies within the other's 95 % interval, or both within 5 % where there is none"
@@ -21,7 +21,7 @@ _ASIDE = ("scale", "seed", "verdict", "status") # no numbers of their own, and n
 def table_names(results) -> list[str]:
     "The tables of a results folder."
     results = Path(results)
-    return sorted(p.stem for p in ((results/"tables") if (results/"tables").is_dir() else results).glob("*.csv") if p.stem != "claims")
+    return [p.stem for p in visible(results/"tables" if (results/"tables").is_dir() else results, "*.csv") if p.stem != "claims"]
 
 def _long(table: pd.DataFrame) -> pd.DataFrame: # by row and column: value, low, high
     "A table as one line a number, with its interval."

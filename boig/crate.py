@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from urllib.parse import quote
 
-from .core import BoigError, atomic_path, digest, sha256_file, write_json
+from .core import BoigError, atomic_path, digest, sha256_file, visible, write_json
 from .results import _files, _read, _record, running
 from .stages import Stage, load_stages, marker
 
@@ -24,7 +24,7 @@ def finished(
 ) -> list[dict]: # in the order in which they began
     "The records of a results folder's stages; BoigError where a file is not what its record says, or a stage is not finished."
     if (pid := running(results)[0]) is not None: raise BoigError(f"A run (pid {pid}) is at '{results}'. Wait for it, then describe its results.")
-    records = {p.stem: _record(results, p.stem) for p in sorted((results/"provenance").glob("*.json")) if p.stem in stages}
+    records = {p.stem: _record(results, p.stem) for p in visible(results/"provenance", "*.json") if p.stem in stages}
     if not records: raise BoigError(f"No results in '{results}' yet. Run: boig reproduce")
     wrong = [f"{name}: its record cannot be read" for name, r in records.items() if not r]
     wrong += [f"{name}: not finished since it became stale" for name in records if not marker(results, name).exists()]

@@ -17,7 +17,7 @@ import pandas as pd
 from .benches.instructions import ENDINGS
 from .benches.statistics import as_text
 from .claims import ends_of, judge
-from .core import BoigError, sha256_file, write_text
+from .core import BoigError, sha256_file, visible, write_text
 from .data.palette import PALETTE_HEX
 from .data.verbalization import Verbalization, parse
 from .metrics.verbalization_metrics import METRICS
@@ -75,7 +75,7 @@ def sources(results: Path, ran: list[dict]) -> dict[str, dict]: # table -> what 
         for file, sha in r["outputs"].items():
             path = results/file
             if file.endswith(".csv") and path.is_file():
-                out[path.stem] = dict(name=path.stem, file=file, sha=sha, changed=sha256_file(path) != sha, stage=s["name"], notebook=s["notebook"], key=r["key"], inputs=r["inputs"],
+                out[path.stem] = dict(name=path.stem, file=file, sha=sha, changed=sha256_file(path) != sha, current=s["current"], stage=s["name"], notebook=s["notebook"], key=r["key"], inputs=r["inputs"],
                                       parameters={k: v for k, v in r["parameters"].items() if k not in ("results", "run_dir")}, commit=_commit(r["provenance"]))
     return out
 
@@ -119,7 +119,7 @@ def gallery(results: Path, each: int = 6) -> list[dict]: # `each` pictures a buc
     if not all(p.exists() for p in paths): return []
     bench, told, plain = (pd.read_parquet(p) for p in paths)
     said = {"BoigLLM": told[told.condition == "true KPI"].set_index("id").answer, "twin": plain.set_index("id").answer}
-    asked = bench[bench.id.isin(said["twin"].index)]
+    asked = bench[bench.id.isin(set.intersection(*(set(a.index) for a in said.values())))] # one of the two may be of an earlier run, with other pictures
     items = []
     for bucket in ("high", "medium", "low"):
         rows = asked[asked.bucket == bucket]
@@ -222,7 +222,7 @@ def write_report(
     results, stages = results_folder(results), load_stages() # nothing of somebody else's is replaced
     for folder in (results, *map(Path, others)):
         if not folder.is_dir(): raise BoigError(f"There is no results folder '{folder}'.")
-        for path in sorted((folder/"tables").glob("*.csv")): _csv(path) # before any of them is judged
+        for path in visible(folder/"tables", "*.csv"): _csv(path) # before any of them is judged
     ran = records(results, stages)
     last = max((s["record"] for s in ran if s["record"]), key=lambda r: r["provenance"]["time"], default=None)
     page = environment().get_template("report.html").render(
@@ -236,7 +236,7 @@ def _others(results: Path, stages: dict) -> list[dict]:
     "The tables that no other part of the page shows."
     shown = {Path(o).stem for s in stages.values() if s.about for o in s.outputs} | {f"{t.lower()}_steps" for t, *_ in _DATA} | {n for _, *names, _ in _DATA for n in names}
     shown |= {f"boig_table1{end}{part}" for end in ENDINGS.values() for part in ("", "_differences")}
-    return [dict(name=p.stem, **folded(pd.read_csv(p))) for p in sorted((results/"tables").glob("*.csv")) if p.stem not in shown]
+    return [dict(name=p.stem, **folded(pd.read_csv(p))) for p in visible(results/"tables", "*.csv") if p.stem not in shown]
 
 # %% ../nbs/95_front/96_report.ipynb #39cac378
 def _picture(path: Path) -> str | None: # base64

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import yaml
 
-from .core import BoigError, closest, project_root, provenance, sha256_file, write_json, write_text
+from .core import BoigError, closest, project_root, provenance, sha256_file, visible, write_json, write_text
 from .estimate import expected, measured, seconds, time_left
 from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
@@ -37,6 +38,12 @@ from .stages import Step, check_notebook, choose, code_parts, data_parts, load_s
 from .zoo import resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
+def _locked(fd: int) -> bool:
+    "Whether we have got the lock."
+    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    return True
+
 @contextmanager
 def only_run(results: Path):
     "Hold the results folder for one run; BoigError if another run has it, or it can't be written."
@@ -46,10 +53,10 @@ def only_run(results: Path):
     except OSError as e:
         raise BoigError(f"Cannot write in '{results}': {e.strerror}. Choose a folder you can write to with --results.") from e
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BoigError(f"Another run (pid {os.read(fd, 20).decode().strip() or '?'}) is using '{results}'. "
-                            "Let it end, or choose another folder with --results.") from None
+        if not _locked(fd):
+            time.sleep(0.2) # `running` may have looked in, which takes a moment
+            if not _locked(fd): raise BoigError(f"Another run (pid {os.read(fd, 20).decode().strip() or '?'}) is using '{results}'. "
+                                                "Let it end, or choose another folder with --results.")
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
         yield
@@ -146,8 +153,9 @@ def _failure(e, notebook: Path, running: Path, executed: Path) -> BoigError:
 def _check_unchanged(step: dict):
     "BoigError if code or data are no longer what the plan was made of: the result would stand under the key of others."
     values = {k: v for k, v in step["params"].items() if k not in ("results", "run_dir")}
-    now, planned = data_parts(notebook := Path(step["notebook"]), values) | code_parts(notebook, values.values(), Path(step["package"])), step["parts"]
-    if changed := sorted(k for k in now if now[k] != planned.get(k)):
+    now = data_parts(notebook := Path(step["notebook"]), values) | code_parts(notebook, values.values(), Path(step["package"]))
+    planned = {k: v for k, v in step["parts"].items() if k.split()[0] not in ("files", "parameter", "stage")} # those are the plan's own
+    if changed := sorted(k for k in now | planned if now.get(k) != planned.get(k)):
         raise BoigError(f"Code or data have changed since this run was planned ({', '.join(changed[:4])}{' …' * (len(changed) > 4)}). Start it again; what is finished and still stands is not repeated.")
 
 def run_stage(results: Path, name: str, threads: int = 1):
@@ -218,21 +226,22 @@ def main():
     if plan["host"] == platform.node(): _follow_run(plan["pid"])
     mutex = os.open(results/"runs"/f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     fcntl.flock(mutex, fcntl.LOCK_EX)
-    _tell(results, name, "start")
+    def tell(event, text=""): _tell(results, plan["run"], name, event, text)
+    tell("start")
     try: run_stage(results, name, threads)
     except BaseException as e:
-        _tell(results, name, "fail", redact(str(e) if isinstance(e, BoigError) else f"{type(e).__name__}: {e}"))
+        tell("fail", redact(str(e) if isinstance(e, BoigError) else f"{type(e).__name__}: {e}"))
         if isinstance(e, BoigError): sys.exit(1)
         raise
     if output != marker(results, name): # Kubernetes: Snakemake carries markers from pod to pod
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(marker(results, name), output)
-    _tell(results, name, "end")
+    tell("end")
 
 # %% ../nbs/95_front/95_reproduce.ipynb #4b8350d5
-def _tell(results: Path, name: str, event: str, text: str = ""):
-    "Append one event."
-    _append(results/".events.jsonl", dict(stage=name, event=event, time=time.time(), text=text[:2000]))
+def _tell(results: Path, run: str, name: str, event: str, text: str):
+    "Append one event of a run's stage."
+    _append(results/".events.jsonl", dict(run=run, stage=name, event=event, time=time.time(), text=text[:2000]))
 
 def _append(path: Path, record: dict):
     "One line more; locked, as over NFS the ends that two machines see may differ."
@@ -240,6 +249,12 @@ def _append(path: Path, record: dict):
         fcntl.flock(f, fcntl.LOCK_EX)
         torn = (size := f.seek(0, os.SEEK_END)) and os.pread(f.fileno(), 1, size - 1) != b"\n" # a full disk or a power cut took the last line's end
         f.write((("\n" if torn else "") + json.dumps(record) + "\n").encode())
+
+def _object(text: str) -> dict:
+    "A JSON object, as one line of such a file; {} if it is broken."
+    try: found = json.loads(text)
+    except ValueError: return {}
+    return found if isinstance(found, dict) else {}
 
 # %% ../nbs/95_front/95_reproduce.ipynb #96c04eb2
 def needs(step: Step) -> dict: # of its Snakemake rule: threads, resources (MB, minutes)
@@ -282,13 +297,14 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
                  inputs=s.stage.inputs, outputs=s.stage.outputs, executed=f"notebooks/{s.stage.name}.ipynb",
                  package=str(s.package), marker=f".done/{s.stage.name}.json", needs=[f".done/{n}.json" for n in s.needs if n in todo],
                  **(needs(s) if profile else dict(threads=threads, resources={}))) for s in todo.values()]
-    write_json(results/"plan.json", dict(pid=os.getpid(), host=platform.node(), targets=[r["marker"] for r in rows], steps=rows))
+    run = secrets.token_hex(4)
+    write_json(results/"plan.json", dict(run=run, pid=os.getpid(), host=platform.node(), targets=[r["marker"] for r in rows], steps=rows))
     (results/".events.jsonl").write_text("")
     command = leashed(sys.executable, "-P", "-m", "snakemake", *_engine(results, profile, jobs, threads), "--directory", results,
         "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--nocolor")
     with open(log := results/"snakemake.log", "w") as said:
         engine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
-        try: failures = _show(engine, steps, results, jobs or len(todo), draw)
+        try: failures = _show(engine, run, steps, results, jobs or len(todo), draw)
         except BaseException:
             _stop(engine, patience=60 if profile else 0)
             raise
@@ -321,7 +337,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/95_front/95_reproduce.ipynb #3452cbbc
-def _show(engine, steps: list[Step], results: Path, jobs: int, draw) -> list[str]:
+def _show(engine, run: str, steps: list[Step], results: Path, jobs: int, draw) -> list[str]:
     "Print each stage's start and end, and the time left, while the engine runs; the messages of those that failed for good."
     place = {s.stage.name: f"[{i}/{len(steps)}] {s.stage.name} · {s.stage.title}" for i, s in enumerate(steps, 1)}
     todo = {s.stage.name: expected(results, s.params["scale"], s.stage.name) for s in steps if s.why} # seconds, None = never timed
@@ -330,15 +346,16 @@ def _show(engine, steps: list[Step], results: Path, jobs: int, draw) -> list[str
     def line(text): print(f"\r\x1b[K{text}" if live else text, flush=True)
     while running:
         running = engine.poll() is None
-        text = (results/".events.jsonl").read_text(encoding="utf-8")
+        text = (results/".events.jsonl").read_text(encoding="utf-8", errors="replace")
         lines = text[:text.rfind("\n") + 1].splitlines()
-        for e in map(json.loads, lines[seen:]):
+        for e in map(_object, lines[seen:]):
+            if e.get("run") != run: continue  # broken, or of a run before this one, whose job a cluster has ended only now
             name, failed = e["stage"], e["event"] == "fail"
             if e["event"] == "start":
                 began[name] = e["time"]
                 if not live: line(f"{place[name]} …")
                 continue
-            took, _ = seconds(e["time"] - began.pop(name)), todo.pop(name, None)
+            took, _ = seconds(e["time"] - began.pop(name, e["time"])), todo.pop(name, None)
             line(f"{place[name]} {'failed after' if failed else '·'} {took}{'' if failed else left()}")
             if failed: failures[name] = f"Stage {name} failed. {e['text']}"
             else:
@@ -391,7 +408,7 @@ def reproduce(
     def draw(): return write_report(results) if table is None else results
     def redraw(): # a page that can't be drawn yet is no reason to stop
         try: draw()
-        except BoigError as e: print(f"No page for now: {e}", flush=True)
+        except Exception as e: print(f"No page for now: {'' if isinstance(e, BoigError) else f'{type(e).__name__}: '}{e}", flush=True)
     with only_run(results), _disk(results):
         if not own: resolve(values.boig_llm.llm) # fetched first: two stages need it, and a missing network should show now
         clean_logs(results, texts=True)  # of a run that was killed before it could
@@ -461,7 +478,7 @@ def _run(steps: list[Step], results: Path, notebooks: Path, jobs: int | None, as
 def where_from(results: Path) -> dict: # path below `results` -> what made it
     "For each table, figure, data set, model and notebook: its stage, hash, key, seed, commit; the rest is in `provenance/<stage>.json`."
     files = {}
-    for path in sorted((results/"provenance").glob("*.json")):
+    for path in visible(results/"provenance", "*.json"):
         try: r = json.loads(path.read_text(encoding="utf-8"))
         except ValueError: continue  # `boig verify` says so
         made = dict(stage=r["stage"], key=r["key"], seed=r["parameters"].get("seed"), scale=r["parameters"].get("scale"),

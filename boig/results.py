@@ -15,19 +15,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from .core import BoigError, project_root, provenance, sha256_file
+from .core import BoigError, is_half, project_root, provenance, sha256_file, visible
 from .estimate import seconds
-from .reproduce import asked_for, only_run
+from .reproduce import _object, asked_for, only_run
 from .scales import scale_names
 from .stages import Step, choose, load_stages, make_plan, results_folder
 
 # %% ../nbs/95_front/99_results.ipynb #cc860c81
-def _object(text: str) -> dict:
-    "A JSON object; {} if it is broken."
-    try: found = json.loads(text)
-    except ValueError: return {}
-    return found if isinstance(found, dict) else {}
-
 def _read(path: Path) -> dict:
     "A JSON file; {} if it isn't there or is broken."
     try: return _object(path.read_text(encoding="utf-8"))
@@ -48,7 +42,7 @@ def _lines(path: Path) -> list[dict]: # {} for a line that is broken, as after a
 def planned(results: Path, notebooks=None, table=None, package=None) -> list[Step]:
     "The stages of a results folder as it was last asked for, with the reason to run each; nothing is run or written."
     results = results_folder(results)
-    ran = next((r["parameters"]["scale"] for p in sorted((results/"provenance").glob("*.json")) if (r := _read(p))), "")
+    ran = next((r["parameters"]["scale"] for p in visible(results/"provenance", "*.json") if (r := _read(p))), "")
     scale = ran or next((s for s in scale_names() if results.name.startswith(s)), "pocket")
     asked = _read(results/".asked.json") or dict(scale=scale, llm="", overrides={})
     values, _, results = asked_for(asked, results)
@@ -155,7 +149,7 @@ def verify(results, **toy) -> tuple[list[Finding], int]: # findings; the number 
     steps, here = {s.stage.name: s for s in planned(results, **toy)}, provenance()
     log = _lines(results/"runs.jsonl")
     found += [Finding("changed", "runs.jsonl", f"line {i} cannot be read") for i, l in enumerate(log, 1) if not l]
-    records = {p.stem: _record(results, p.stem) for p in sorted((results/"provenance").glob("*.json"))}
+    records = {p.stem: _record(results, p.stem) for p in visible(results/"provenance", "*.json")}
     found += [Finding("changed", name, f"provenance/{name}.json cannot be read") for name, r in records.items() if not r]
     asked = _read(results/".asked.json")
     wanted = choose({n: s.stage for n, s in steps.items()}, asked.get("only", ()), asked.get("start", ()))
@@ -174,17 +168,16 @@ def verify_text(found: list[Finding], count: int) -> str:
     return "\n".join([*lines, f"{count} files hashed; " + (f"{bad} findings against them." if bad else "all are what was written.")])
 
 # %% ../nbs/95_front/99_results.ipynb #2349d072
-_FOLDERS = ("data", "models", "tables", "figures", "notebooks", "provenance", ".done")
-
 def leftovers(results: Path, steps: list[Step], every: set[str]) -> list[Path]:
     "What no current result needs; `every`: the names of all stages of the table, of whatever scale."
     needed = {(s.stage.name, s.key) for s in steps} | {(p.stem, _read(p).get("key")) for p in (results/".done").glob("*.json") if p.stem in every}
     old = [d for d in (results/"runs").glob("*/*") if d.is_dir() and (d.parent.name, d.name) not in needed]
-    half = [p for f in _FOLDERS for p in (results/f).rglob(".*") if ".tmp" in p.name or p.is_dir()]
-    gone = [p.stem for p in (results/"provenance").glob("*.json") if p.stem not in every]
+    half = [*filter(is_half, results.rglob(".*")), *(p for n in every if (p := results/"notebooks"/f".{n}.ipynb").is_file())] # papermill saves there after each cell
+    gone = [p.stem for p in visible(results/"provenance", "*.json") if p.stem not in every]
     theirs = [results/f for n in gone for f in (*_record(results, n).get("outputs", {}), f"notebooks/{n}.ipynb", f"provenance/{n}.json", f".done/{n}.json")]
     claimed = {f for s in steps for f in s.stage.outputs}
-    return sorted({*old, *half, *(p for p in theirs if p.is_file() and p.relative_to(results).as_posix() not in claimed)})
+    found = {*old, *half, *(p for p in theirs if p.is_file() and p.relative_to(results).as_posix() not in claimed)}
+    return sorted(p for p in found if not found & {*p.parents})
 
 def _freed(path: Path) -> int:
     "The bytes that removing a path frees; files with a second name free nothing."
@@ -198,10 +191,9 @@ def prune(
     **toy,
 ) -> tuple[list[Path], int]: # what was removed, and how many bytes that freed
     "Remove from a results folder what no current result needs."
-    results = Path(results).absolute()
-    steps, every = planned(results, **toy), set(load_stages(toy.get("table")))
+    results = results_folder(Path(results).absolute()) # before the lock: it is a file, and not for somebody else's folder
     with only_run(results):
-        found = leftovers(results, steps, every)
+        found = leftovers(results, planned(results, **toy), set(load_stages(toy.get("table"))))
         size = sum(map(_freed, found))
         for path in () if dry_run else found:
             if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)

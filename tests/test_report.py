@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 import boig
-from boig.compare import compare_page
+from boig.compare import compare_page, table_names
 from boig.core import BoigError
-from boig.report import environment, folded, records, stage_blocks, write_report
+from boig.report import environment, folded, gallery, records, stage_blocks, write_report
 
 NASTY = '<script>alert("x")</script><img src=x onerror=alert(1)>&'
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010806000000 1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082".replace(" ", ""))
@@ -223,6 +223,30 @@ def test_a_file_without_a_table_is_one_line(made, tmp_path, name, content):
     shutil.copytree(made, tmp_path/"r")
     (tmp_path/"r"/"tables"/f"{name}.csv").write_bytes(content)
     with pytest.raises(BoigError, match=rf"{name}.csv' holds no table. If a stage makes it, `boig reproduce`"): write_report(tmp_path/"r")
+
+def test_the_half_of_a_killed_writer_is_no_table(made, tmp_path):
+    import shutil
+    shutil.copytree(made, tmp_path/"r")
+    before = table_names(tmp_path/"r")
+    (tmp_path/"r"/"tables"/".boig_table2.0123456789abcdef.tmp.csv").write_bytes(b"")
+    (tmp_path/"r"/"tables"/".another.0123456789abcdef.tmp.csv").write_text("a,b\n1,2\n")
+    assert "0123456789abcdef.tmp" not in write_report(tmp_path/"r").read_text(encoding="utf-8") and table_names(tmp_path/"r") == before
+
+def test_tables_of_an_earlier_run_say_so(made, tmp_path):
+    "While a run with another seed is under way, the markers of what is still to come are gone."
+    import shutil
+    shutil.copytree(made, tmp_path/"r")
+    (tmp_path/"r"/".done"/"boig_table2.json").write_text("{}")
+    said = {i["attrs"]["id"]: "from an earlier run" in i["text"] for i in Page(write_report(tmp_path/"r").read_text(encoding="utf-8")).items if i["attrs"].get("id", "").startswith(("table-", "claim-"))}
+    assert said["table-boig_table1"] and said["table-boig_table3"] and not said["table-boig_table2"] and not said["table-boig_table2_differences"]
+    assert not said["claim-boigsd-reward"] and any(v for k, v in said.items() if k.startswith("claim-"))
+
+def test_the_gallery_takes_pictures_that_both_twins_saw(tmp_path):
+    "As while one of them has been run again with other pictures."
+    (tmp_path/"data").mkdir()
+    pd.DataFrame([dict(id=i, bucket="high", name=f"n{i}", uses=i, verbalization="{}", captions="", keywords="", image={"bytes": PNG}) for i in range(4)]).to_parquet(tmp_path/"data"/"emojibench.parquet")
+    for name, ids in {"boig_llm": (1, 2), "boig_llm_plain": (2, 3)}.items(): pd.DataFrame(dict(id=ids, condition="true KPI", answer="?")).to_parquet(tmp_path/"data"/f"{name}.parquet")
+    assert [g["name"] for g in gallery(tmp_path)] == ["n2"]
 
 def test_somebody_elses_page_is_left_alone(tmp_path):
     (tmp_path/"index.html").write_text("My site.")

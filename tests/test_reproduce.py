@@ -1,11 +1,13 @@
 "The front door on throw-away notebooks: keys, guards, failures, locks, and a real kill -9."
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +16,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from boig import reproduce as module, stages, zoo
-from boig.core import BoigError, sha256_file
+from boig import reproduce as module, results as results_module, stages, zoo
+from boig.core import BoigError, sha256_file, write_json
 from boig.reproduce import _append, only_run, reproduce, run_stage
-from boig.results import _repeatable, leftovers, planned, prune, status, verify
+from boig.results import _repeatable, leftovers, planned, prune, running, status, verify
 from boig.stages import _weights, bare, check_notebook, data_parts, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
 
@@ -133,6 +135,8 @@ def test_a_stage_whose_code_changed_after_the_plan_does_not_start(world):
     assert (world.results/"data/a.txt").read_bytes() == before
     world.run()
     assert (world.results/"data/a.txt").read_bytes() != before
+    (world.root/"toylib/maths.py").unlink()
+    with pytest.raises(BoigError, match="module toylib.maths"): run_stage(world.results, "first")
 
 def test_a_stage_whose_code_changes_while_it_runs_does_not_end_well(world):
     world.notebook("first", FIRST + f"\nPath({str(world.root/'toylib/maths.py')!r}).write_text('def double(x): return 3*x\\n')")
@@ -153,8 +157,27 @@ def test_data_from_outside_are_in_the_key(world, capsys):
     with pytest.raises(BoigError, match="data answers"): run_stage(world.results, "other")
     (folder/"bob.json").unlink()
     assert differ(before, world.keys()) == []
+    folder.rename(world.root/"away")
+    with pytest.raises(BoigError, match="data answers"): run_stage(world.results, "other")
+    (world.root/"away").rename(folder)
     os.utime(folder/"ada.json", ns=(0, 0))
     assert differ(before, world.keys()) == ["other"]
+
+def test_folders_behind_links_are_data_too(tmp_path):
+    "A loop of links ends, and a second link to a folder is something else than none."
+    for name in ("pages", "far", "far/.git"): (tmp_path/name).mkdir()
+    def content(): return data_parts(tmp_path/"nbs/x.ipynb", {"pages": "pages"})["data pages"]
+    told = [content()]
+    def differs(): return told[-1] != (now := content()) and not told.append(now)
+    (tmp_path/"pages/2024").symlink_to(tmp_path/"far")
+    (tmp_path/"far/.git/HEAD").write_text("1")
+    assert not differs()  # nothing is in it
+    (tmp_path/"far/1.json").write_text("1")
+    assert differs()
+    (tmp_path/"far/back").symlink_to(tmp_path/"pages")
+    assert differs()
+    (tmp_path/"pages/2025").symlink_to(tmp_path/"far")
+    assert differs() and not differs()
 
 def test_which_parameters_name_data(tmp_path):
     "Relative ones start at the project's root; what has a meaning of its own is no path."
@@ -164,6 +187,16 @@ def test_which_parameters_name_data(tmp_path):
     assert named(pages="pages", handles="handles.txt", llm=str(tmp_path/"paper")) == ["data pages", "data handles", "data llm"]
     assert named(scale="paper", verbalizer="paper", base="pocket-sd", release="", each=3, folder="nowhere") == []
     assert named(media="pages", download=False) == ["data media"] and named(media="pages", download=True) == []
+
+def test_versions_of_what_computes_are_in_the_key(world, monkeypatch):
+    before, real = world.keys(), stages.version
+    def upgrade(name): monkeypatch.setattr(stages, "version", lambda n: "99" if n == name else real(n))
+    for name in ("torch", "numpy", "pandas", "pyarrow", "spacy"):
+        upgrade(name)
+        assert differ(before, world.keys()) == ["first", "other", "second"], name
+    for name in ("snakemake", "papermill", "boig"):
+        upgrade(name)
+        assert differ(before, world.keys()) == [], name
 
 def test_imported_module_changes_those_that_import_it(world):
     before = world.keys()
@@ -398,9 +431,11 @@ def test_a_stage_that_is_tried_again_has_not_failed(tmp_path, monkeypatch):
     "With Snakemake's `retries`: first both fail, then one of them ends well."
     monkeypatch.setattr(module, "expected", lambda *a: 5.0)
     told = [("a", "start"), ("b", "start"), ("a", "fail"), ("b", "fail"), ("a", "start"), ("a", "end"), ("b", "start"), ("b", "fail")]
-    (tmp_path/".events.jsonl").write_text("".join(json.dumps(dict(stage=s, event=e, time=i, text=f"Node {i} is lost.")) + "\n" for i, (s, e) in enumerate(told)))
+    lines = [json.dumps(dict(run="now", stage=s, event=e, time=i, text=f"Node {i} is lost.")) for i, (s, e) in enumerate(told)]
+    lines[3:3] = ['{"run": "now", "sta', "[]", *(json.dumps(dict(run="before", stage=s, event="end", time=9, text="")) for s in "bc")]  # torn, and of a job that a cluster has ended only now
+    (tmp_path/".events.jsonl").write_text("".join(f"{line}\n" for line in lines[1:]))  # nobody saw a start
     drawn, steps = [], [SimpleNamespace(stage=SimpleNamespace(name=n, title=n), params={"scale": "smoke"}, why="new") for n in "ab"]
-    assert module._show(SimpleNamespace(poll=lambda: 0), steps, tmp_path, 1, lambda: drawn.append(1)) == ["Stage b failed. Node 7 is lost."] and drawn == [1]
+    assert module._show(SimpleNamespace(poll=lambda: 0), "now", steps, tmp_path, 1, lambda: drawn.append(1)) == ["Stage b failed. Node 7 is lost."] and drawn == [1]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there is `ctypes` imported")
 def test_files_where_the_command_is_given_are_not_run(world, tmp_path_factory, monkeypatch):
@@ -490,6 +525,28 @@ def test_going_back_costs_nothing(finished, capsys):
     gone, _ = prune(world.results, **world.toy)
     assert gone and set(world.why(capsys).values()) == {"up to date"} and not prune(world.results, **world.toy)[0]
     assert world.why(capsys, seed=7, only=["second"])["second"].startswith("changed: ")
+
+def test_prune_removes_what_killed_writers_left_and_nothing_else(finished):
+    world, _ = finished
+    folder, half = next((world.results/"runs/first").iterdir()), "0123456789abcdef.tmp"
+    own = ["data/.dvc/config", "data/.git/HEAD", "tables/.notes.tmp", ".cache/x.tmp.csv", "notebooks/.mine.ipynb", f"models/a.{half}.csv"]
+    left = ["notebooks/.first.ipynb", f".index.{half}.html", f"runs/first/{folder.name}/once/.t.{half}.parquet", f"provenance/.gone.{half}.json"]
+    whole = [f"models/.m.{half}", f"runs/first/{folder.name}/..kept.{half}"]
+    for name in (*own, *left, *(f"{w}/kept/.t.{half}.csv" for w in whole)):
+        (world.results/name).parent.mkdir(parents=True, exist_ok=True)
+        (world.results/name).write_text("{}")
+    assert not [f for f in verify(world.results, **world.toy)[0] if f.kind == "changed"]
+    found, freed = prune(world.results, **world.toy)
+    assert sorted(p.relative_to(world.results).as_posix() for p in found) == sorted([*left, *whole]) and freed == 2 * 6
+    assert all((world.results/f).is_file() for f in own) and not any((world.results/f).exists() for f in (*left, *whole))
+    for f in own: (world.results/f).unlink()
+
+def test_prune_plans_when_nobody_else_can_run(finished, monkeypatch):
+    world, _ = finished
+    held = []
+    monkeypatch.setattr(results_module, "planned", lambda *a, **k: held.append(running(world.results)[0]) or planned(*a, **k))
+    prune(world.results, dry_run=True, **world.toy)
+    assert held == [os.getpid()]
 
 def test_a_models_files_are_one_piece(world, capsys):
     "Weights are hashed with the tokenizer that the table names, and come back with it; a link to a model stays a link."
@@ -668,12 +725,32 @@ def test_the_run_ends_with_how_it_compares(tmp_path, monkeypatch, capsys):
     assert said(shipped) == ""
 
 
+def test_a_page_that_cannot_be_drawn_stops_no_run(world, monkeypatch, capsys):
+    from boig import report
+    def draw(results):
+        if not (results/"c.txt").is_file(): raise KeyError("picture")
+        return write_json(results/"index.html", {})
+    monkeypatch.setattr(report, "write_report", draw)
+    monkeypatch.setattr(module, "load_stages", lambda table, scale="": load_stages(world.root/"stages.toml"))
+    monkeypatch.setattr(module, "resolve", lambda llm: None)
+    world.run(table=None, jobs=1)
+    assert "No page for now: KeyError: 'picture'" in capsys.readouterr().out and (world.results/"index.html").is_file() and (world.results/"b.txt").is_file()
+
+
 # Locks and kills
 
 def test_second_run_says_so(world):
     with only_run(world.results):
         with pytest.raises(BoigError, match=rf"Another run \(pid {os.getpid()}\) is using"): world.run()
     assert not (world.results/"plan.json").exists()
+
+def test_somebody_who_looks_in_is_no_second_run(world):
+    "`running` holds the lock for a moment."
+    world.results.mkdir()
+    looking = os.open(world.results/".boig.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [looking]).start()
+    with only_run(world.results): assert running(world.results)[0] == os.getpid()
 
 def wait_for(what, seconds=120):
     end = time.time() + seconds
