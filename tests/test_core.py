@@ -1,4 +1,5 @@
 "Files, seeds, devices, the zoo's door and the report page."
+import datetime
 import os
 import signal
 import subprocess
@@ -11,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from boig import zoo
-from boig.core import BoigError, atomic_path, derive_seed, get_device, provenance, write_text
+from boig import core, zoo
+from boig.core import BoigError, atomic_path, derive_seed, digest, get_device, provenance, write_text
 from boig.once import once
 from boig.report import write_report
 
@@ -104,10 +105,36 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(BoigError, match="sees none here"): get_device("cuda")
 
+def test_a_device_that_is_not_there_is_an_error(monkeypatch):
+    with pytest.raises(BoigError, match="'cpu:x' is no device.*'cpu:0'"): get_device("cpu:x")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert get_device("cuda:0").index == 0 and get_device("cuda").type == "cuda"
+    with pytest.raises(BoigError, match="sees only 1"): get_device("cuda:5")
+
+
+def test_a_digest_is_of_all_that_a_value_holds(tmp_path):
+    assert digest({"a": 1, "folder": tmp_path, "n": np.float32(0.1), "day": datetime.date(2026, 1, 2)}) == digest({"a": 1, "folder": str(tmp_path), "n": "0.1", "day": "2026-01-02"})
+    assert digest({"steps": 300, "seed": 42}) == "1deeda834ac7"  # kept results have such names
+    for value in (np.arange(5000), pd.Series(range(5000)), [{"x": np.zeros(2)}], {1, 2}):
+        with pytest.raises(BoigError, match="has no digest.*tolist"): digest(value)
+
 
 def test_provenance_names_what_ran():
     record = provenance()
     assert record["packages"]["torch"] and record["python"] and record["cores"] == os.cpu_count()
+
+def test_a_scale_or_module_of_ones_own_counts_as_a_change(tmp_path, monkeypatch):
+    for folder in ("nbs", "boig/scales"): (tmp_path/folder).mkdir(parents=True)
+    (tmp_path/"nbs"/"a.ipynb").write_text("{}")
+    (tmp_path/".gitignore").write_text("*.log\n")
+    def git(*args): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *args], cwd=tmp_path, check=True, capture_output=True)
+    git("init"), git("add", "."), git("commit", "-m", "a")
+    monkeypatch.setattr(core, "project_root", lambda: tmp_path)
+    for beside in ("notes.txt", "boig/x.log"): (tmp_path/beside).write_text("no part of what runs")
+    assert provenance()["changed_since_commit"] is False
+    (tmp_path/"boig"/"scales"/"mine.toml").write_text("seed = 1")
+    assert provenance()["changed_since_commit"] is True
 
 
 def test_shipped_files_are_what_the_list_says():
@@ -150,6 +177,12 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(BoigError, match="Check the network") as e: zoo.resolve("smollm2")
     assert "\n" not in str(e.value) and "smollm2" in str(e.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_name_is_no_model_and_an_empty_variable_no_folder(monkeypatch):
+    monkeypatch.setenv("BOIG_CACHE", "")
+    assert zoo.cache_dir() == zoo.Path.home()/".cache"/"boig"
+    with pytest.raises(BoigError, match="Unknown model or data set ''"): zoo.resolve("")
 
 
 def test_the_page_of_an_empty_folder(tmp_path):
