@@ -10,6 +10,7 @@ __all__ = ['AT_LEAST', 'AT_MOST', 'CHOICES', 'SECTIONS', 'EmojiBenchScale', 'Poc
            'scale_names', 'load_scale']
 
 # %% ../nbs/00_core/01_scales.ipynb #be94f484
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -407,21 +408,25 @@ class Scale:
 # %% ../nbs/00_core/01_scales.ipynb #e06e67d8
 AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 0, "test": 0, "valid": 0, "test_fraction": 0, "valid_fraction": 0, "bootstrap": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "warmup_ratio": 0,
             "max_length": 8, "lora_rank": 0, "bits": 0, "processes": 1, "accumulation": 1, "pack": 0, "behaviour_weight": 0, "valid_rows": 0, "noise": 0, "eval_every": 1, "generate_batch": 1, "test_rows": 0,
-            "few": 1, "many": 1, "max_new_tokens": 1, "free_rows": 0, "budget": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
+            "few": 1, "many": 1, "max_new_tokens": 1, "free_rows": 0, "budget": 0, "ema": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
             "sampling_steps": 1, "guidance": 0, "epochs": 1, "samples": 1, "micro_batch": 1, "learning_rate_full": 0, "sft_epochs": 1, "sft_look_every": 1, "sft_batch_size": 1,
             "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0,
             "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
             "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "asked_each": 1, "grid_each": 1,
             "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
-            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1}
-AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9}
+            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1,
+            "dreambooth_batch": 1, "custom_batch": 1, "inversion_batch": 1, "neti_batch": 1, "dreambooth_lr": 0, "custom_lr": 0, "inversion_lr": 0, "neti_lr": 0, "rl_lr": 0, "rl_lr_full": 0, "grid_subjects": 1,
+            "appendix_pictures": 0, "agent_steps": 1, "end": 0, "clip_lr": 0, "clip_muon_lr": 0, "attention_head": -1, "weight": 0, "clip": 0, "norm_weight": 0, "grid_agents": 1, "seed": 0}
+AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9, "seed": 2**32 - 1}
 CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
 
 def _check(value, key: str, where: str):
-    "`value` if it is in its range, else a BoigError; NaN is in none."
+    "`value` if it is in its range, else a BoigError; NaN and infinity are in none."
     if key in CHOICES and value not in CHOICES[key]: raise closest(value, CHOICES[key], where)
+    if isinstance(value, (str, bool)): return value # some sections have a word under the name of another's number
     if key in AT_LEAST and not value >= AT_LEAST[key]: raise BoigError(f"{where} must be at least {AT_LEAST[key]}, not {value}.")
     if key in AT_MOST and not value <= AT_MOST[key]: raise BoigError(f"{where} must be at most {AT_MOST[key]}, not {value}.")
+    if not math.isfinite(value): raise BoigError(f"{where} must be a finite number, not {value}.")
     return value
 
 def _cast(value, kind: type, where: str):
@@ -465,7 +470,7 @@ def load_scale(
     for key, value in (overrides or {}).items(): _override(table, key, value)
     if (overrides or {}).get("boig_llm.llm") in models:
         raise BoigError(f"Use --llm {overrides['boig_llm.llm']}: it also sets that model's learning rate and steps.")
-    seed = _cast(table.pop("seed"), int, "seed")
+    seed = _check(_cast(table.pop("seed"), int, "seed"), "seed", "seed")
     for key in table:
         if key not in SECTIONS: raise closest(key, SECTIONS, f"section in {name}.toml")
     return Scale(name, seed, **{k: _section(cls, table.get(k, {}), k) for k, cls in SECTIONS.items()})

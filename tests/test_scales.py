@@ -1,14 +1,14 @@
 "Presets, overrides, and experiment notebooks whose defaults are the pocket scale's."
 import ast
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 from papermill import inspect_notebook
 
 from boig.core import BoigError, project_root
 from boig.stages import load_stages, notebook_parameters
-from boig.scales import load_scale, scale_names
+from boig.scales import AT_LEAST, CHOICES, SECTIONS, load_scale, scale_names
 
 NBS = project_root()/"nbs"
 
@@ -24,6 +24,12 @@ def test_every_scale_loads_with_every_model(name):
 def test_every_value_of_a_scale_is_commented(name):
     text = (project_root()/"boig"/"scales"/f"{name}.toml").read_text(encoding="utf-8")
     assert [l for l in text.splitlines() if "=" in l.split("#")[0] and "#" not in l] == []
+
+
+def test_every_number_has_a_bound():
+    numbers = {f.name for section in SECTIONS.values() for f in fields(section) if f.type in (int, float)}
+    assert numbers - set(AT_LEAST) - set(CHOICES) == set()
+    assert load_scale("pocket", overrides={"preference_guidance.clip": 0, "seed": 2**32 - 1}).preference_models.clip == load_scale("pocket").preference_models.clip # a word, where that is a number
 
 
 def defaults(path):
@@ -53,7 +59,9 @@ def test_papermill_knows_every_parameter_with_its_meaning(notebook, caplog):
     (dict(overrides={"boig_llm.steps": 2.5}), "must be int"), (dict(overrides={"boig_llm.steps": 0}), "at least 1"),
     (dict(overrides={"emojibench.test_fraction": "nan"}), "at least 0"), (dict(overrides={"emojibench.test_fraction": 1.0}), "at most 0.9"),
     (dict(overrides={"table1.bootstrap": -1}), "at least 1"), (dict(overrides={"boig_llm.noise_kind": "unifrom"}), "Did you mean 'uniform'"),
-    (dict(overrides={"boig_llm.llm": "smollm2"}), "Use --llm smollm2")])
+    (dict(overrides={"boig_llm.llm": "smollm2"}), "Use --llm smollm2"), (dict(overrides={"boig_llm.bits": "3"}), "Unknown boig_llm.bits '3'.*Known: 0, 4, 8"),
+    (dict(overrides={"instructbooth.rl_lr": "nan"}), "at least 0"), (dict(overrides={"instructbooth.rl_lr": -1}), "at least 0"), (dict(overrides={"preference_guidance.weight": "inf"}), "finite number"),
+    (dict(overrides={"seed": -1}), "seed must be at least 0"), (dict(overrides={"seed": 2**32}), "seed must be at most 4294967295")])
 def test_mistakes_get_one_clear_line(wrong, says):
     with pytest.raises(BoigError, match=says) as e: load_scale(**wrong)
     assert "\n" not in str(e.value)
