@@ -105,11 +105,11 @@ def stage_entities(record: dict, stage: Stage, agent: str = "") -> list[dict]: #
 # %% ../nbs/95_front/99_crate.ipynb #e9b749aa
 CC_BY_SA = "https://creativecommons.org/licenses/by-sa/4.0/"
 _PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
-_OWN = ("pages", "folder", "release") # parameters that name data from outside
 
 def _licence(records: list[dict], licence: str) -> dict:
     "The licence of the whole."
-    own = [f"{r['stage']} {k}={r['parameters'][k]}" for r in records for k in _OWN if r["parameters"].get(k)]
+    outside = [(r, k.removeprefix("data ")) for r in records for k in r.get("parts", ()) if k.startswith("data ")]  # see `data_parts`
+    own = [f"{r['stage']} {k}={r['parameters'][k]}" for r, k in outside]
     if own and not licence: raise BoigError(f"These results stand on data from outside ({', '.join(own[:3])}). Name the licence, by its address: --license https://…")
     licence = licence or CC_BY_SA
     if not licence.startswith(("https://", "http://")): raise BoigError(f"A licence is named by its address, not '{licence}': e.g. --license {CC_BY_SA}")

@@ -12,6 +12,7 @@ from boig import cli
 from boig.core import BoigError
 from boig.crate import CC_BY_SA, describe, write_crate
 from boig.reproduce import only_run
+from boig.stages import data_parts
 
 TABLE = '[make]\nnotebook = "90_experiments/make.ipynb"\ntitle = "makes"\noutputs = ["data/a b.parquet"]\n' \
         '[use]\nnotebook = "90_experiments/use.ipynb"\ntitle = "uses"\ninputs = ["data/a b.parquet"]\noutputs = ["tables/t.csv", "figures/f.png"]\n'
@@ -26,10 +27,10 @@ def write(results, name, data):
     return {name: sha(data)}
 
 
-def record(results, stage, began, inputs, outputs, **more):
+def record(results, stage, began, inputs, outputs, parts={}, **more):
     "What `boig reproduce` leaves of a stage."
     book = f"notebooks/{stage}.ipynb"
-    r = dict(stage=stage, key=f"{stage}key", inputs=inputs, outputs=outputs, notebook=book, notebook_sha256=write(results, book, stage.encode())[book], seconds=90.4, cpu_seconds=80.1, peak_memory=1000,
+    r = dict(stage=stage, key=f"{stage}key", inputs=inputs, outputs=outputs, notebook=book, notebook_sha256=write(results, book, stage.encode())[book], seconds=90.4, cpu_seconds=80.1, peak_memory=1000, parts={"parameter seed": 7} | parts,
              parameters=dict(results=str(results), run_dir="/secret/place", scale="smoke", seed=7, pages="", bits=None) | more,
              provenance=dict(time=began, commit="c" * 40, changed_since_commit=False, python="3.11.7", system="Linux x86_64", cpu="AMD", cores=2, threads=1, gpu=None, packages={"torch": "2.13.0+cpu", "boig": "0.1.0"}))
     for folder in ("provenance", ".done"): write(results, f"{folder}/{stage}.json", json.dumps(r).encode())
@@ -140,8 +141,10 @@ def write_table(tmp_path):
 
 def test_own_data_need_a_named_licence(folder):
     results, table = folder
-    record(results, "make", "2026-01-02T23:59:00+00:00", {}, {"data/a b.parquet": sha(b"rows")}, pages="my/pages")
-    with pytest.raises(BoigError, match="make pages=my/pages.*--license"): describe(results, table=table)
+    for name in ("pages", "media", "answers", "actions_folder", "dreambench_folder", "one that comes later"):
+        own = data_parts(table, {name: str(results), "precision": "fp32"})  # as a stage's record holds them
+        record(results, "make", "2026-01-02T23:59:00+00:00", {}, {"data/a b.parquet": sha(b"rows")}, own, **{name: str(results)})
+        with pytest.raises(BoigError, match=f"make {name}=.*--license"): describe(results, table=table)
     assert describe(results, license="https://example.org/terms", table=table)["@graph"][1]["license"] == {"@id": "https://example.org/terms"}
 
 
