@@ -6,58 +6,88 @@
 __all__ = ['sounds_secret', 'secrets', 'check_parameters', 'redact', 'held', 'clean_logs', 'refuse_secrets']
 
 # %% ../nbs/00_core/04_safe.ipynb #7adf9387
+import gzip
 import html
 import json
 import os
 import re
+import warnings
+from functools import cache
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from .core import BoigError, write_text
 
 # %% ../nbs/00_core/04_safe.ipynb #09d137ff
-_WORDS = {"key", "pat", "pwd", "bearer"}
-_ENDS = ("apikey", "accesskey", "secretkey", "privatekey", "token", "secret", "password", "passwd", "passphrase", "credential", "credentials") # of words: PGPASSWORD
+_WORDS = {"key", "pat", "pw", "pwd", "bearer", "authorization"}
+_ENDS = ("apikey", "accesskey", "secretkey", "privatekey", "token", "secret", "pass", "password", "passwd", "passphrase", "credential", "credentials") # of words: PGPASSWORD
+_OTHERS = {"askpass", "bypass", "compass"} # SSH_ASKPASS is a program
 
 def sounds_secret(name: str) -> bool:
     "Whether a variable's name says that it holds a secret."
-    return any(word in _WORDS or word.endswith(_ENDS) for word in re.split(r"[^a-z]+", name.lower()))
+    return any(word in _WORDS or word.endswith(_ENDS) and word not in _OTHERS for word in re.split(r"[^a-z]+", name.lower()))
 
-def secrets() -> dict[str, str]: # name -> value
+def _passwords(value: str) -> list[str]:
+    "The passwords in a value's addresses: scheme://user:password@host."
+    return re.findall(r"://[^\s/?#:]*:([^\s/?#]+)@", value)
+
+def _tells(value: str) -> bool:
+    "Whether a value is no plain word, which files hold for other reasons."
+    return len(value) >= 12 or len(value) >= 8 and bool(re.search(r"[^\W\d_]", value) and re.search(r"[\W\d_]", value))
+
+@cache # once
+def _warn_of_words(names: tuple):
+    warnings.warn(f"Not looked for in results, as files hold such words for other reasons: the value of {', '.join(names)}. If it is a secret, choose one of twelve characters, or of letters and digits.", stacklevel=3)
+
+def secrets() -> dict[str, str]: # name -> value; passwords out of addresses, a line each
     "The secrets that this process was given in its environment."
-    return {n: v.strip() for n, v in os.environ.items() if sounds_secret(n) and n != "PWD" and len(v.strip()) >= 8} # PWD: the folder a shell is in
+    def plural(name): return re.sub(r"s(?![a-z])", "", name.lower()) # without its s
+    given = {n: v.strip() if sounds_secret(n) or sounds_secret(plural(n)) else "\n".join(_passwords(v)) for n, v in os.environ.items() if n != "PWD"} # the folder a shell is in
+    if words := tuple(n for n, v in given.items() if len(v) >= 8 and not _tells(v)): _warn_of_words(words)
+    return {n: v for n, v in given.items() if _tells(v)}
 
 # %% ../nbs/00_core/04_safe.ipynb #e5cdd642
+_APART = re.compile(r"[\r\n,;]+|(?:\\[rn])+|^(?:bearer|basic|token)\s+", re.IGNORECASE) # a line's end may be written out: \n
+
+def _parts(value: str) -> set[str]:
+    "A value, and what of it tells it if it stands alone: its lines, or items of its list, and the passwords of its addresses."
+    parts = {p.strip() for p in (*_APART.split(value), *(f(p) for p in _passwords(value) for f in (str, unquote)), unquote(value))}
+    return {value, *(p for p in parts if _tells(p) and "-----" not in p)}
+
 def check_parameters(params: dict):
     "BoigError if a parameter's name says that it is a secret, or its value is (or holds) one of the environment's."
     for name, value in params.items():
         if sounds_secret(name.split("_")[-1]): # its last word: api_key is one, token_steps is none
             raise BoigError(f"Parameter '{name}' looks like a secret, and parameters are written into results. Pass it in the environment.")
-        if held := [n for n, v in secrets().items() if v in str(value)]:
+        if held := [n for n, v in secrets().items() if any(p in str(value) for p in _parts(v))]:
             raise BoigError(f"Parameter '{name}' holds the value of {held[0]}, and parameters are written into results. Leave it in the environment.")
 
 # %% ../nbs/00_core/04_safe.ipynb #70d78e77
 def _forms(value: str) -> list[str]:
     "The ways a value may stand in a file, longest first."
     escapes = (lambda s: json.dumps(s)[1:-1], lambda s: json.dumps(s, ensure_ascii=False)[1:-1], lambda s: repr(s)[1:-1], html.escape, lambda s: quote(s, safe=""))
-    once = {value, *(e(value) for e in escapes)}
+    once = (parts := _parts(value)) | {e(p) for p in parts for e in escapes}
     return sorted(once | {e(s) for s in once for e in escapes[:2]}, key=len, reverse=True)
 
 def redact(text: str) -> str:
     "`text` without the values of the environment's secrets: their names stand there instead."
-    for name, value in secrets().items():
-        for form in _forms(value): text = text.replace(form, f"[{name}]")
+    forms = [(form, name) for name, value in secrets().items() for form in _forms(value)]
+    for form, name in sorted(forms, key=lambda f: len(f[0]), reverse=True): text = text.replace(form, f"[{name}]") # one may begin with another
     return text
 
 # %% ../nbs/00_core/04_safe.ipynb #5c036ac6
 def _columns(array):
-    "The text and bytes of an Arrow array, out of whatever nest they lie in."
+    "The text and bytes of an Arrow array, out of whatever nest they lie in; BoigError for one that nobody looks into here."
     import pyarrow as pa
-    if isinstance(array, pa.DictionaryArray): yield from _columns(array.dictionary)
-    elif isinstance(array, pa.StructArray):
-        for child in array.flatten(): yield from _columns(child)
-    elif isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)): yield from _columns(array.flatten())
-    elif any(f(array.type) for f in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)): yield array
+    def any_of(*kinds): return any(getattr(pa.types, f"is_{k}")(array.type) for k in kinds)
+    if isinstance(array, pa.ExtensionArray): yield from _columns(array.storage)
+    elif any_of("dictionary"): yield from _columns(array.dictionary)
+    elif any_of("struct", "map"):
+        for child in (array.keys, array.items) if any_of("map") else array.flatten(): yield from _columns(child)
+    elif any_of("list", "large_list", "fixed_size_list", "list_view", "large_list_view"): yield from _columns(array.flatten())
+    elif any_of("string", "large_string", "binary", "large_binary"): yield array
+    elif any_of("string_view", "binary_view", "fixed_size_binary"): yield array.cast(pa.large_string() if any_of("string_view") else pa.large_binary())
+    elif not any_of("primitive", "decimal", "null"): raise BoigError(f"A column of the type {array.type} cannot be searched for secrets. Write it as text, numbers, lists or structs.")
 
 def _parquet_holds(path: Path, wanted: dict) -> set[str]:
     "The names of the secrets that a Parquet file's text columns hold."
@@ -66,23 +96,37 @@ def _parquet_holds(path: Path, wanted: dict) -> set[str]:
     return {name for batch in pq.ParquetFile(path).iter_batches() for column in batch.columns for array in _columns(column)
             for name, forms in wanted.items() for form in forms if pc.any(pc.match_substring(array, form)).as_py()}
 
+def _read(path: Path, piece: int, most: int = 1 << 30):
+    "A file's bytes in pieces, then those that a .gz file or a picture's texts unpack to."
+    with open(path, "rb") as file: yield from iter(lambda: file.read(piece), b"")
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                while most > 0 and (data := file.read1(piece)): # what is there of half a file, too
+                    yield data
+                    most -= len(data)
+        if path.suffix == ".png":
+            from PIL import Image
+            with Image.open(path) as image: yield "\n".join(f"{k} {v}" for k, v in image.text.items()).encode()  # PIL bounds them
+    except Exception: pass  # half a file, or no such file: its bytes were looked at
+
 # %% ../nbs/00_core/04_safe.ipynb #e1a4598e
 def held(
     path,
     piece: int = 1 << 24, # bytes read at once
 ) -> set[str]:
     "The names of the environment's secrets whose value a file holds."
-    wanted, found, end = {n: _forms(v) for n, v in secrets().items()}, set(), b""
+    path, wanted, found, end = Path(path), {n: _forms(v) for n, v in secrets().items()}, set(), b""
     if not wanted: return found
-    if Path(path).suffix == ".parquet":
-        try: found = _parquet_holds(Path(path), wanted)
+    if path.suffix == ".parquet":
+        try: found = _parquet_holds(path, wanted)
+        except NotImplementedError as e: raise BoigError(f"{path.name} cannot be searched for secrets: {e}. Write its columns as text, numbers, lists or structs.") from e
         except (OSError, ValueError): pass  # half a file: its bytes are looked at below
     coded = {n: [f.encode() for f in forms] for n, forms in wanted.items()}
     overlap = max(len(f) for forms in coded.values() for f in forms) - 1
-    with open(path, "rb") as file:
-        while data := file.read(piece):
-            found |= {n for n, forms in coded.items() if any(f in end + data for f in forms)}
-            end = (end + data)[-overlap:]
+    for data in _read(path, piece):
+        found |= {n for n, forms in coded.items() if n not in found and any(f in end + data for f in forms)}
+        end = (end + data)[-overlap:]
     return found
 
 # %% ../nbs/00_core/04_safe.ipynb #1c41f3c1
@@ -96,12 +140,15 @@ def clean_logs(
 ):
     "Strike secrets out of the text files below `folder`; other files that hold one are removed."
     if not secrets(): return
+    unknown = None # a file that cannot be searched; the others are, first
     for path in [p for p in Path(folder).rglob("*") if not any(p.is_relative_to(b) for b in but)]:
         try:
             if texts and path.suffix not in _TEXT or not path.is_file() or path.stat().st_ctime < since or not held(path): continue
             if path.suffix in _TEXT: write_text(path, redact(path.read_text(encoding="utf-8", errors="replace")))
             else: path.unlink()
         except FileNotFoundError: pass  # somebody else's temporary file, gone by now
+        except BoigError as e: unknown = e
+    if unknown: raise unknown
 
 def refuse_secrets(files):
     "BoigError if one of the files holds a secret; those that do are removed."

@@ -1,4 +1,5 @@
 "Secrets, archives, pictures that say what made them, steps that are left out, and what a plan may claim."
+import gzip
 import html
 import json
 import math
@@ -9,17 +10,22 @@ from io import BytesIO
 from types import SimpleNamespace
 from urllib.parse import quote
 
+import nbformat
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from boig import estimate, zoo
 from boig.behaviour.finetune import _LeaveOut
 from boig.core import BoigError, made_by, png_record, project_root, save_png
 from boig.diffusion.tuning import step
-from boig.safe import check_parameters, clean_logs, held, redact, refuse_secrets, sounds_secret
+from boig.safe import _columns, check_parameters, clean_logs, held, redact, refuse_secrets, sounds_secret
 from boig.scales import SECTIONS
 from boig.stages import notebook_parameters
 
@@ -45,6 +51,46 @@ def test_secrets_under_run_together_names_are_refused_and_struck_out(monkeypatch
     monkeypatch.setenv(name, "hunter2hunter2")
     assert redact("with hunter2hunter2") == f"with [{name}]"
     with pytest.raises(BoigError, match="looks like a secret"): check_parameters({name.lower(): "x"})
+
+@pytest.mark.parametrize("name", ["DB_PASS", "SMTP_PASS", "SSHPASS", "OPENAI_API_KEYS", "API_TOKENS", "AUTHORIZATION"])
+def test_variables_that_hold_several_or_are_short_for_it(monkeypatch, name):
+    monkeypatch.setenv(name, "Bearer one-of-them-1" if name == "AUTHORIZATION" else "one-of-them-1,another-1")
+    assert redact("with one-of-them-1") == f"with [{name}]"
+
+@pytest.mark.parametrize("name, value", [("DATABASE_URL", "postgres://me:p%40ss-word1@host:5432/db"), ("HTTPS_PROXY", "http://me:p@ss-word1@proxy:80"), ("PIP_INDEX_URL", "https://__token__:p@ss-word1@host/simple https://b:another-1@c/")],
+                         ids=["one", "not escaped", "two"]) # pytest writes values into the environment, if they are the test's name
+def test_passwords_in_addresses_are_secrets(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert redact(f"logged in with p@ss-word1 at {value}").count(f"[{name}]") == (3 if "another" in value else 2) and "ss-word1" not in redact(value)
+    monkeypatch.setenv(name, "https://me@host:5432/no:pass-word@here")
+    assert redact("pass-word 5432/no:pass-word") == "pass-word 5432/no:pass-word"
+
+def test_each_line_of_a_key_is_struck_out_of_a_notebook(monkeypatch, tmp_path):
+    lines = ["-----BEGIN OPENSSH PRIVATE KEY-----", "MIIEpAIBAAKCAQEA1234567890abcdefgh", "Zm9vYmFyYmF6cXV4Zm9vYmFyYmF6cXV4/+", "-----END OPENSSH PRIVATE KEY-----"]
+    for written in ("\n", "\\n"):
+        monkeypatch.setenv("SSH_PRIVATE_KEY", written.join(lines))
+        text = nbformat.writes(new_notebook(cells=[new_code_cell(outputs=[new_output("stream", text="\n".join(lines))])]))
+        (tmp_path/"x.ipynb").write_text(text)
+        assert held(tmp_path/"x.ipynb") == {"SSH_PRIVATE_KEY"} and not any(l in redact(text) for l in lines[1:3])
+        assert redact(lines[0]) == lines[0], "every key begins so"
+        with pytest.raises(BoigError, match="holds the value of SSH_PRIVATE_KEY"): check_parameters({"note": lines[1]})
+
+def test_of_values_that_begin_alike_no_end_is_left(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh-1")
+    monkeypatch.setenv("B_TOKEN", "abcdefgh-1-rest-of-it-1234")
+    assert redact("abcdefgh-1-rest-of-it-1234 abcdefgh-1") == "[B_TOKEN] [A_TOKEN]"
+
+def test_plain_words_are_no_secrets_and_a_warning_says_so_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JUPYTER_TOKEN", "notebook")
+    monkeypatch.setenv("TOY_URL", "postgres://postgres:postgres@host/db")
+    (tmp_path/"record.json").write_text('{"notebook": "a", "postgres": 1}')
+    with pytest.warns(UserWarning, match="JUPYTER_TOKEN, TOY_URL.*twelve characters") as told:
+        clean_logs(tmp_path)
+        clean_logs(tmp_path)
+    assert len(told) == 1 and (tmp_path/"record.json").read_text() == '{"notebook": "a", "postgres": 1}'
+    monkeypatch.delenv("TOY_URL")
+    monkeypatch.setenv("JUPYTER_TOKEN", "notebook-1")
+    assert redact("notebook-1, notebook") == "[JUPYTER_TOKEN], notebook"
 
 def test_the_shells_folder_is_no_secret(monkeypatch):
     monkeypatch.setenv("PWD", "/home/ada/boig")
@@ -76,6 +122,31 @@ def test_compressed_tables_are_searched(tmp_path, column):
     refuse_secrets([tmp_path/"fine.parquet"])
     with pytest.raises(BoigError, match="t.parquet held the value of OPENAI_API_KEY") as e: refuse_secrets([tmp_path/"t.parquet"])
     assert not (tmp_path/"t.parquet").exists() and "0123456789" not in str(e.value)
+
+@pytest.mark.parametrize("kind", [pa.map_(pa.string(), pa.string()), pa.map_(pa.string(), pa.list_(pa.string())), pa.string_view(), pa.binary_view(), pa.list_view(pa.string()), pa.binary(len(KEY.encode()))], ids=str)
+def test_columns_of_rarer_types_are_searched(tmp_path, kind):
+    def column(s): return [("a", [s] if pa.types.is_list(kind.item_type) else s)] if pa.types.is_map(kind) else [s] if pa.types.is_list_view(kind) else s if pa.types.is_string_view(kind) else s.encode()
+    for name, last in (("fine", "x" * len(KEY.encode())), ("held", KEY)):
+        pq.write_table(pa.table({"x": pa.array([column("x" * len(KEY.encode())), column(last)], kind)}), tmp_path/f"{name}.parquet", compression="gzip", write_statistics=False)
+    assert held(tmp_path/"fine.parquet") == set() and held(tmp_path/"held.parquet") == {"OPENAI_API_KEY"}
+
+def test_a_table_that_cannot_be_searched_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(BoigError, match="union.*cannot be searched.*Write it as text"): list(_columns(pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array(["a"])])))
+    monkeypatch.setattr("boig.safe._parquet_holds", lambda *_: pa.array([{}]).cast(pa.struct([("a", pa.string_view())])).dictionary_encode())
+    for name in ("a.parquet", "b.log", "c.log"): (tmp_path/name).write_text(KEY)
+    with pytest.raises(BoigError, match="a.parquet cannot be searched"): clean_logs(tmp_path)
+    assert (tmp_path/"b.log").read_text() == (tmp_path/"c.log").read_text() == "[OPENAI_API_KEY]"
+
+def test_gz_files_and_the_texts_of_pictures_are_unpacked(tmp_path):
+    info = PngInfo()
+    info.add_text("asked", f"for {KEY}", zip=True)
+    Image.new("RGB", (2, 2)).save(tmp_path/"x.png", pnginfo=info)
+    packed = gzip.compress(f"{'x' * 90}{KEY}{np.random.default_rng(0).bytes(9000).hex()}".encode())
+    (tmp_path/"x.log.gz").write_bytes(packed)
+    (tmp_path/"half.log.gz").write_bytes(packed[:len(packed) // 2])
+    for path in tmp_path.iterdir(): assert KEY.encode() not in path.read_bytes() and held(path) == held(path, piece=7) == {"OPENAI_API_KEY"}, path
+    for name in ("no.gz", "no.png"): (tmp_path/name).write_text("neither")
+    assert held(tmp_path/"no.gz") == held(tmp_path/"no.png") == set()
 
 def test_logs_are_cleaned_and_caches_dropped(tmp_path):
     for name in ("a/log.jsonl", "a/cache.bin", "fine.txt"):
