@@ -149,6 +149,11 @@ def test_variants_change_one_thing():
     assert 0 < (copy != lost).any(-1).mean() < 0.05  # a small spot
     assert np.array_equal(copy, take(subject_sprite("cat"), portrait("cat", 2)))
 
+@pytest.mark.parametrize("name", ("monster_toy", "motorbike", "pot", "teddy_bear"))
+def test_what_has_the_subjects_shape_is_drawn_in_its_place(name):
+    "A lost mark is all that changes: not also the box, by a pixel."
+    for k in range(4): assert np.array_equal(variants(name, k)["mark lost"], take(subject_sprite(name, False), portrait(name, k)))
+
 def test_written_bytes_depend_on_the_seed_alone(folder, tmp_path):
     def digest(f): return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file())).hexdigest()
     write_pocket_subjects(tmp_path/"a", names=["cat", "cup", "mascot"], n=4)

@@ -343,7 +343,7 @@ def variants(
     shots = {"copy": shot, "another place": replace(shot, box=box(QUARTER)), "mirrored": replace(shot, mirrored=not shot.mirrored), "tilted": replace(shot, tilt=float(rng.choice([-25, 25]))),
              "smaller": replace(shot, box=box(22)), "in action": replace(doing, background=shot.background, colors=shot.colors)}
     wrong = {"mark lost": subject_sprite(name, False), "another of its kind": load_sprites()[noun].image, "another thing": load_sprites()[other].image}
-    def instead(sprite): return replace(shot, box=_inside(sprite, shot.box))
+    def instead(w): return shot if w.shape == sprite.shape else replace(shot, box=_inside(w, shot.box))
     return {n: take(sprite, s, size) for n, s in shots.items()} | {n: take(w, instead(w), size) for n, w in wrong.items()}
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #a7bd88a0
