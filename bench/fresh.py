@@ -37,15 +37,18 @@ def made(folder: Path) -> dict:
 
 
 def main(folder: Path):
-    if folder.exists(): subprocess.run(["git", "-C", str(folder), "pull", "--quiet", "--ff-only", str(project_root()), "HEAD"], check=True)
+    if folder.exists(): # its results may be of later runs; the first one's times are recorded
+        subprocess.run(["git", "-C", str(folder), "pull", "--quiet", "--ff-only", str(project_root()), "HEAD"], check=True)
+        found = json.loads(OUT.read_text())
     else:
         subprocess.run(["git", "clone", "--quiet", str(project_root()), str(folder)], check=True)
         call(folder, "make", "reproduce")
-    found, start, load = made(folder), time.time(), os.getloadavg()
-    def record(): write_json(OUT, {"about": "bench/fresh.py: README's two commands in a fresh clone with a fresh environment.", **found, "provenance": provenance()})
+        found = made(folder)
+    commit, start, load = provenance()["commit"], time.time(), os.getloadavg()
+    def record(): write_json(OUT, {**found, "about": "bench/fresh.py: README's two commands in a fresh clone with a fresh environment.", "provenance": provenance()})
     record() # the times of the run stay, whatever the tests say
     said = call(folder, ".ci/run")
-    found["ci"] = {"seconds": round(time.time() - start, 1), "closing_line": re.findall(r"^.*passed.*$", said, re.M)[-1], "load_before": load}
+    found["ci"] = {"commit": commit, "seconds": round(time.time() - start, 1), "closing_line": re.findall(r"^.*passed.*$", said, re.M)[-1], "load_before": load}
     record()
     print(json.dumps(found, indent=1))
 
