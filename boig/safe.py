@@ -11,7 +11,9 @@ import html
 import json
 import os
 import re
+import struct
 import warnings
+import zlib
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -96,6 +98,17 @@ def _parquet_holds(path: Path, wanted: dict) -> set[str]:
     return {name for batch in pq.ParquetFile(path).iter_batches() for column in batch.columns for array in _columns(column)
             for name, forms in wanted.items() for form in forms if pc.any(pc.match_substring(array, form)).as_py()}
 
+_BROKEN = (EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error) # what gzip and Pillow say of half a file
+
+def _png_texts(path: Path) -> bytes:
+    "The texts that a PNG picture carries; BoigError if they, or the picture, are larger than Pillow unpacks."
+    from PIL import Image
+    try:
+        with Image.open(path) as image: return "\n".join(f"{k} {v}" for k, v in image.text.items()).encode()
+    except (Image.DecompressionBombError, ValueError) as e:
+        if isinstance(e, ValueError) and "text" not in str(e).lower(): raise  # a header in pieces
+        raise BoigError(f"{path.name} cannot be searched for secrets: {e}. Write it smaller, or with less text.") from e
+
 def _read(path: Path, piece: int, most: int = 1 << 30):
     "A file's bytes in pieces, then those that a .gz file or a picture's texts unpack to."
     with open(path, "rb") as file: yield from iter(lambda: file.read(piece), b"")
@@ -105,10 +118,8 @@ def _read(path: Path, piece: int, most: int = 1 << 30):
                 while most > 0 and (data := file.read1(piece)): # what is there of half a file, too
                     yield data
                     most -= len(data)
-        if path.suffix == ".png":
-            from PIL import Image
-            with Image.open(path) as image: yield "\n".join(f"{k} {v}" for k, v in image.text.items()).encode()  # PIL bounds them
-    except Exception: pass  # half a file, or no such file: its bytes were looked at
+        if path.suffix == ".png": yield _png_texts(path)
+    except _BROKEN: pass  # half a file, or no such file: its bytes were looked at
 
 # %% ../nbs/00_core/04_safe.ipynb #e1a4598e
 def held(

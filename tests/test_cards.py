@@ -47,7 +47,7 @@ def test_every_card_says_what_it_must(name):
 
 def test_emojibench_card_and_data_agree():
     text = text_of("emojibench")
-    assert fill(text, emoji_facts(load_emojibench())) == text, "run boig.benches.cards.update_cards()"
+    assert fill(text, emoji_facts(load_emojibench())) == text, "run python bench/cards.py"
     assert "Drawings, <!-- rows -->747<!-- / --> of them" in text and "| pictures | 747 | 249 | 244 | 254 |" in text
     columns, = read_card("emojibench").columns
     assert [c for c, *_ in columns.rows] == list(load_emojibench().columns)
@@ -75,7 +75,7 @@ def test_pocket_ads_card_and_sources_agree(monkeypatch):
     "At the default size and seed."
     blind(monkeypatch)
     text, facts = text_of("pocket-ads"), market_facts((make_tweets(), make_stock()))
-    assert fill(text, facts) == text, "run boig.benches.cards.update_cards()"
+    assert fill(text, facts) == text, "run python bench/cards.py"
     assert "| tweets | 4,000 |" in text and "| stock pictures | 3,000 |" in text
     assert fill(text, market_facts((make_tweets(40), make_stock(10)))) != text
 
@@ -136,7 +136,7 @@ def test_sizes_and_plain_words():
 def test_croissant_is_made_from_the_card(name):
     path = card_path(name).with_suffix(".croissant.json")
     shipped = json.loads(path.read_text(encoding="utf-8"))
-    assert shipped == croissant(name, resolve("emojibench") if name == "emojibench" else None), "run boig.benches.cards.update_cards()"
+    assert shipped == croissant(name, resolve("emojibench") if name == "emojibench" else None), "run python bench/cards.py"
     assert check_croissant(shipped)["rai:dataSocialImpact"] == plain(read_card(name).sections["Who could be harmed"])
     assert shipped.get("isLiveDataset", False) == (name != "emojibench") == ("sha256" not in shipped["distribution"][0])
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from boig import estimate, zoo
@@ -147,6 +147,21 @@ def test_gz_files_and_the_texts_of_pictures_are_unpacked(tmp_path):
     for path in tmp_path.iterdir(): assert KEY.encode() not in path.read_bytes() and held(path) == held(path, piece=7) == {"OPENAI_API_KEY"}, path
     for name in ("no.gz", "no.png"): (tmp_path/name).write_text("neither")
     assert held(tmp_path/"no.gz") == held(tmp_path/"no.png") == set()
+
+def test_a_picture_whose_texts_are_not_unpacked_is_refused(tmp_path):
+    info = PngInfo()
+    info.add_text("asked", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1) + KEY, zip=True)
+    Image.new("L", (2, 2)).save(tmp_path/"x.png", pnginfo=info)
+    with pytest.raises(BoigError, match="x.png cannot be searched for secrets: Decompressed data too large.*less text"): held(tmp_path/"x.png")
+    whole = (tmp_path/"x.png").read_bytes()
+    for cut in (4, 12, 20, 28, 60): # half a file: nobody reads a text out of it
+        (tmp_path/"half.png").write_bytes(whole[:cut])
+        assert held(tmp_path/"half.png") == set()
+
+def test_a_mistake_of_our_own_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("boig.safe._png_texts", lambda path: 1 / 0)
+    (tmp_path/"x.png").write_bytes(b"")
+    with pytest.raises(ZeroDivisionError): held(tmp_path/"x.png")
 
 def test_logs_are_cleaned_and_caches_dropped(tmp_path):
     for name in ("a/log.jsonl", "a/cache.bin", "fine.txt"):

@@ -166,6 +166,6 @@ def test_written_bytes_depend_on_the_seed_alone(folder, tmp_path):
 def test_card_agrees_with_the_data(folder):
     path = project_root()/"data_cards"/"pocket-subjects.md"
     text = path.read_text(encoding="utf-8")
-    assert fill(text, card_facts()) == text, "write it anew with fill(…, card_facts())"
+    assert fill(text, card_facts()) == text, "run python bench/cards.py"
     columns, = read_card(str(path)).columns
     assert [c for c, *_ in columns.rows] == list(pd.read_csv(folder/columns.file, nrows=1).columns)

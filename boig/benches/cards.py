@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'LICENCES', 'SECTIONS', 'size_of', 'fill', 'markdown', 'table_facts', 'emoji_facts', 'market_facts',
            'preference_facts', 'card_path', 'write_card', 'Columns', 'Card', 'plain', 'read_card', 'croissant',
-           'write_croissant', 'check_croissant', 'read_croissant', 'update_cards']
+           'write_croissant', 'check_croissant', 'read_croissant']
 
 # %% ../../nbs/48_benches/55_cards.ipynb #639ddfd8
 import json
@@ -19,13 +19,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
-from .market import MEDIA, make_stock, make_tweets
+from .market import MEDIA
 from .statistics import as_text, statistics
-from .subjects import card_facts
 from ..core import BoigError, closest, project_root, sha256_file, write_json, write_text
-from ..data.emoji import load_emojibench, use_buckets
+from ..data.emoji import use_buckets
 from ..data.world import ORACLE_VERSION, accounts, load_sprites
-from ..zoo import resolve
 
 # %% ../../nbs/48_benches/55_cards.ipynb #cde3ed3e
 _MARK = re.compile(r"<!-- ([a-z]+) -->(.*?)<!-- / -->", re.S)
@@ -92,7 +90,7 @@ def preference_facts(
     return {"rows": f"{report['triples']:,}", "size": size_of(report["triples"]), "statistics": f"\n\n{markdown(frame)}\n\n"}
 
 # %% ../../nbs/48_benches/55_cards.ipynb #dae88053
-_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "pocket-subjects": lambda _: card_facts(), "boigbench": table_facts, "stock": table_facts,
+_FACTS = {"emojibench": emoji_facts, "pocket-ads": market_facts, "pocket-subjects": dict, "boigbench": table_facts, "stock": table_facts,
           "pocket-preferences": preference_facts, "pick-a-pic": preference_facts}
 
 def card_path(
@@ -105,7 +103,7 @@ def card_path(
 
 def write_card(
     name: str, # one of _FACTS
-    data, # its table; for pocket-ads (make_tweets(…), make_stock(…)); for pocket-subjects None: they follow from their rules; for preferences the folder of histories
+    data, # its table; for pocket-ads (make_tweets(…), make_stock(…)); for pocket-subjects what `subjects.card_facts` says; for preferences the folder of histories
     path=None, # where to; None = over the card in data_cards/
     source: str = "the user's own pages or table", # of this build, where the card has a place for it
     file: str = "", # the data's name beside this card; "" = as in data_cards/
@@ -266,12 +264,3 @@ def read_croissant(
         data = mlcroissant.Dataset(jsonld=str(path), mapping={k: str(v) for k, v in (files or {}).items()})
         return {r.id: list(islice(data.records(r.id), n)) for r in data.metadata.record_sets}
     except Exception as e: raise BoigError(f"{path} cannot be read: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
-
-# %% ../../nbs/48_benches/55_cards.ipynb #4b1665f9
-def update_cards():
-    "Write the numbers and the Croissant metadata of `data_cards/` anew."
-    write_card("emojibench", load_emojibench())
-    write_card("pocket-ads", (make_tweets(), make_stock()))
-    write_card("pocket-subjects", None)
-    for name in _FACTS:
-        write_croissant(name, card_path(name).with_suffix(".croissant.json"), resolve("emojibench") if name == "emojibench" else None)

@@ -266,10 +266,10 @@ def take(
     return canvas.clip(0, 255).round().astype(np.uint8)
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #f72d2720
-def _fit(sprite: np.ndarray, side: int) -> tuple[int, int]: # width, height in 64ths
-    "The size of a sprite with that longest side."
+def _fit(sprite: np.ndarray, width: int, height: int) -> tuple[int, int]: # width, height
+    "The size of a sprite, as large as fits."
     h, w = sprite.shape[:2]
-    return tuple(max(4, round(v * side / max(h, w))) for v in (w, h))
+    return tuple(max(1, round(v * min(width / w, height / h))) for v in (w, h))
 
 def _before(s: PocketSubject, rng: np.random.Generator) -> dict:
     "A background for a subject by chance."
@@ -281,9 +281,8 @@ QUARTER = GRID // 2 # its side, in 64ths of the picture
 
 def _inside(sprite: np.ndarray, box) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
     "The sprite's box, as large as fits, in the middle of another."
-    (h, w), (x1, y1, x2, y2) = sprite.shape[:2], box
-    scale = min((x2 - x1) / w, (y2 - y1) / h)
-    w, h = max(1, round(w * scale)), max(1, round(h * scale))
+    x1, y1, x2, y2 = box
+    w, h = _fit(sprite, x2 - x1, y2 - y1)
     x, y = x1 + (x2 - x1 - w) // 2, y1 + (y2 - y1 - h) // 2
     return x, y, x + w, y + h
 
@@ -333,7 +332,7 @@ def variants(
     rng, sprite, shot = np.random.default_rng(derive_seed(seed, "variants", name, k)), subject_sprite(name), portrait(name, k, seed)
     noun, (x1, y1, x2, y2) = pocket_subject(name).noun, shot.box
     def box(side):
-        w, h = _fit(sprite, side)
+        w, h = _fit(sprite, side, side)
         places = [(x, y) for x in range(0, GRID - w + 1, 4) for y in range(0, GRID - h + 1, 4) if abs(x - x1) + abs(y - y1) >= 12 or side < QUARTER]
         x, y = places[rng.integers(len(places))]
         return x, y, x + w, y + h
