@@ -35,7 +35,7 @@ from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
 from .scales import load_scale
 from .stages import Step, check_notebook, choose, code_parts, data_parts, load_stages, make_plan, marker, project_of, results_folder
-from .zoo import resolve
+from .zoo import HUB_LOG, resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
 def _locked(fd: int) -> bool:
@@ -96,13 +96,13 @@ def _follow_run(pid: int):
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/95_front/95_reproduce.ipynb #73f98a31
-def _kernels(threads: int):
-    "A kernel manager class for papermill: our interpreter, on a leash, with `threads` threads."
+def _kernels(threads: int, hub_log: Path):
+    "A kernel manager class for papermill: our interpreter, on a leash, with `threads` threads; what it gets from the hub goes into `hub_log`."
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     argv = leashed(sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False")
     env = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
-           "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore:IProgress not found", "TQDM_DISABLE": "1"}
+           "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore:IProgress not found", "TQDM_DISABLE": "1", HUB_LOG: str(hub_log)}
     class ThisPython(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=argv, env=env, display_name="boig", language="python")
     return ThisPython
@@ -117,7 +117,7 @@ class _Redacted:
     def pretty_path(cls, path): return path.removeprefix(cls.scheme)
 
 # %% ../nbs/95_front/95_reproduce.ipynb #2d27aab0
-def execute(notebook: Path, executed: Path, params: dict, threads: int = 1):
+def execute(notebook: Path, executed: Path, params: dict, threads: int, hub_log: Path):
     "Run a notebook with `params`; the executed copy is kept even if it fails. BoigError says where it failed."
     from nbclient.exceptions import DeadKernelError
     from papermill import execute_notebook
@@ -128,7 +128,7 @@ def execute(notebook: Path, executed: Path, params: dict, threads: int = 1):
     running = executed.with_name(f".{executed.name}") # papermill saves after each cell
     try:
         execute_notebook(str(notebook), f"{_Redacted.scheme}{running}", params, kernel_name="python3", language="python", progress_bar=False,
-            cwd=str(project_of(notebook)), kernel_manager_class=_kernels(threads), shutdown_kernel="immediate")
+            cwd=str(project_of(notebook)), kernel_manager_class=_kernels(threads, hub_log), shutdown_kernel="immediate")
     except PapermillExecutionError as e: raise _failure(e, notebook, running, executed) from None
     except DeadKernelError: raise BoigError(f"{notebook.name}: its kernel was killed (out of memory?). As far as it came: {executed}") from None
     finally:
@@ -166,13 +166,14 @@ def run_stage(results: Path, name: str, threads: int = 1):
     done = dict(stage=name, key=step["key"], inputs=hashes(results, step["inputs"]), outputs={}, parts=step["parts"])
     origin = provenance() | {"threads": threads}
     (run_dir := Path(step["params"]["run_dir"])).mkdir(parents=True, exist_ok=True)
+    hub_log = run_dir/".hub.jsonl"
     resumed = any(not p.name.startswith(".") for p in run_dir.iterdir()) # then its seconds are those of the last leg
     check_notebook(notebook, step["params"])
     _check_unchanged(step)
     def record(state): return dict(done, notebook=step["executed"], state=state, seed=step["params"].get("seed"), parameters=step["params"],
-                                   seconds=round(time.time() - start, 1), **_used(), resumed=resumed, provenance=origin)
+                                   seconds=round(time.time() - start, 1), **_used(), hub=_commits(hub_log), resumed=resumed, provenance=origin)
     try:
-        execute(notebook, executed, step["params"], threads)
+        execute(notebook, executed, step["params"], threads, hub_log)
         if lost := [o for o, stamp in before.items() if _stamp(results/o) in (None, stamp)]: raise BoigError(f"{notebook.name} ended without writing {', '.join(lost)}.")
         done["outputs"] = hashes(results, step["outputs"])
         refuse_secrets(results/o for o in done["outputs"])
@@ -203,6 +204,13 @@ def _stamp_notebook(executed: Path, record: dict):
     notebook["metadata"]["boig"] = {k: v for k, v in record.items() if k != "parts"}
     notebook["metadata"].get("papermill", {})["output_path"] = str(executed)
     write_text(executed, redact(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
+
+def _commits(hub_log: Path) -> dict[str, list[str]]: # hub id -> commits; several if it was another one when the stage went on
+    "What a stage has got from the hub, its earlier legs included."
+    got = {}
+    for line in hub_log.read_text(encoding="utf-8").splitlines() if hub_log.is_file() else ():
+        for ref, commit in _object(line).items(): got.setdefault(ref, set()).add(commit)
+    return {ref: sorted(commits) for ref, commits in sorted(got.items())}
 
 def _used() -> dict:
     "CPU seconds of the stage's kernel and its processes, and the most memory (bytes) that one of them held."

@@ -147,7 +147,7 @@ def test_of_the_processor_no_weights_are_fetched(tmp_path, folder, monkeypatch):
     "openai/clip-vit-base-patch32 lends a file of open_clip its words: of its 600 MB, only those are asked of the hub."
     asked = []
     monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: asked.append((repo, allow_patterns)) or folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision, allow_patterns: asked.append((repo, allow_patterns)) or folder)
     state = original() | {"token_embedding.weight": torch.zeros(len(CLIPTokenizer.from_pretrained(folder)), 24)}
     torch.save({"state_dict": state}, tmp_path/"HPS.pt")
     load_reward("hps-v2", "HPS.pt", device="cpu", config=config(words=len(state["token_embedding.weight"])))

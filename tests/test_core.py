@@ -1,5 +1,6 @@
 "Files, seeds, devices, the zoo's door and the report page."
 import datetime
+import json
 import os
 import signal
 import subprocess
@@ -177,6 +178,24 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(BoigError, match="Check the network") as e: zoo.resolve("smollm2")
     assert "\n" not in str(e.value) and "smollm2" in str(e.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_hub_model_is_asked_for_at_its_commit_and_what_came_is_noted(tmp_path, monkeypatch):
+    asked = []
+    def fetch(repo, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(tmp_path/"snapshots"/(revision or "f00d"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
+    monkeypatch.delenv(zoo.HUB_LOG, raising=False)
+    assert zoo.resolve("them/model@0123abcd").name == "0123abcd" and zoo.resolve("them/model@refs/pr/1").name == "1"
+    assert not (tmp_path/"log").exists()
+    monkeypatch.setenv(zoo.HUB_LOG, str(tmp_path/"log"))
+    assert zoo.resolve("them/model").name == "f00d" and zoo.resolve("them/model@0123abcd").name == "0123abcd"
+    assert asked == [("them/model", "0123abcd"), ("them/model", "refs/pr/1"), ("them/model", None), ("them/model", "0123abcd")]
+    assert [json.loads(l) for l in (tmp_path/"log").read_text().splitlines()] == [{"them/model": "f00d"}, {"them/model@0123abcd": "0123abcd"}]
+    (tmp_path/"them"/"model").mkdir(parents=True) # a copy of one's own is asked nobody for
+    assert zoo.resolve("them/model") == tmp_path/"them"/"model" and len(asked) == 4
 
 
 def test_an_empty_name_is_no_model_and_an_empty_variable_no_folder(monkeypatch):

@@ -138,6 +138,14 @@ def test_a_stage_whose_code_changed_after_the_plan_does_not_start(world):
     (world.root/"toylib/maths.py").unlink()
     with pytest.raises(BoigError, match="module toylib.maths"): run_stage(world.results, "first")
 
+def test_a_stage_records_which_commits_it_got_from_the_hub(world):
+    hub = "import huggingface_hub\nfrom boig import zoo\nhuggingface_hub.snapshot_download = lambda *_, revision, **__: 'snapshots/' + (revision or 'f00d')\n"
+    world.notebook("first", FIRST + f"\n{hub}for ref in ('them/model', 'them/model@0123abcd', 'them/model'): zoo.resolve(ref)")
+    world.run()
+    def record(name): return json.loads((world.results/f"provenance/{name}.json").read_text())
+    assert record("first")["hub"] == {"them/model": ["f00d"], "them/model@0123abcd": ["0123abcd"]} and record("second")["hub"] == {}
+    assert not [f for f in verify(world.results, **world.toy)[0] if f.kind != "not repeatable from here"]
+
 def test_a_stage_whose_code_changes_while_it_runs_does_not_end_well(world):
     world.notebook("first", FIRST + f"\nPath({str(world.root/'toylib/maths.py')!r}).write_text('def double(x): return 3*x\\n')")
     with pytest.raises(BoigError, match=r"Stage first failed. Code or data have changed since this run was planned \(module toylib.maths\)"): world.run(only=["first"])
