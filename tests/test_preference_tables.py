@@ -119,13 +119,28 @@ def test_questions_rivals_and_controls(made):
 
 def test_compare_is_paired_and_by_user():
     good, bad = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    found = compare([good, good, bad, good] * 3, [good, bad, bad, good] * 3, pd.DataFrame({"user_id": list("aabbccddeeff"), "prompt": list("uuvvwwxxyyzz")}))  # each other user gains a half
+    asked = pd.DataFrame({"user_id": list("aabbccddeeff"), "prompt": list("uuvvwwxxyyzz")})
+    found = compare([[good, good, bad, good] * 3], [[good, bad, bad, good] * 3], asked)  # each other user gains a half
     half = 100 * stats.t.ppf(0.975, 5) * np.std([0, 0.5] * 3, ddof=1) / 6**0.5
     assert found["difference"] == 25 and found["low"] == pytest.approx(25 - half) and found["high"] == pytest.approx(25 + half) and found["verdict"] == "undecided" and found["n"] == 12
+    three = [np.array([0.5, a, b]) for a, b in ((0.9, 0.1), (0.9, 0.8), (0.1, 0.2))]
+    swapped = [t[[1, 0, 2]] for t in three]  # the first: theirs in two of three; among two: both in two of three
+    assert [compare([three * 4], [swapped * 4], asked, k)["difference"] for k in (1, 2)] == pytest.approx([-100 / 3, 0])
     cases = pd.DataFrame({"user_id": list("aabb"), "prompt": list("wxyz"), "seen": [True, True, False, False]})
     table = rows_of_table({"m": [good, good, bad, good]}, cases, (1,)).set_index("Users")["top-1"]
     assert table.to_dict() == {"all": 75, "seen": 100, "new": 50}
 
+
+def test_the_interval_of_several_trainings_holds_each_of_them():
+    good, bad = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    asked = pd.DataFrame({"user_id": [str(i) for i in range(400)], "prompt": [str(i) for i in range(400)]})
+    ours = [[good] * n + [bad] * (400 - n) for n in (240, 248, 232)]
+    each, both = [compare([o], [[bad] * 400], asked) for o in ours], compare(ours, [[bad] * 400], asked)  # theirs was trained once
+    assert [e["difference"] for e in each] == pytest.approx([60, 62, 58]) and both["difference"] == pytest.approx(60) and (both["n"], both["trainings"]) == (400, 3)
+    share = np.array([1.0] * 232 + [2 / 3] * 8 + [1 / 3] * 8 + [0.0] * 152)
+    questions, trainings = 1.966 * share.std(ddof=1) / 20, stats.t.ppf(0.975, 2) * np.std([0.60, 0.62, 0.58], ddof=1) / 3**0.5
+    assert both["high"] - 60 == pytest.approx(100 * np.hypot(questions, trainings), rel=2e-3) and both["low"] < 58 and both["high"] > 62
+    with pytest.raises(BoigError, match="2 trainings cannot be paired with 3"): compare(ours[:2], ours, asked)
 
 def test_a_server_is_asked_with_the_appendixs_words_and_never_without_a_price(made, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "word")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from scipy.spatial.distance import cdist
 
 from ..core import BoigError, derive_seed
@@ -38,17 +39,27 @@ def no_history(case) -> list: # case -> no Rated at all
     return []
 
 # %% ../../nbs/70_preference/75_users.ipynb #537d9115
-def difference_row(values: np.ndarray, cases: pd.DataFrame) -> dict: # [n] differences of shares, and their n rows of data.cases -> difference, low, high (percent), n, verdict
-    "A mean difference with its 95 % interval over users and captions."
-    mean, low, high = mean_interval(values, cases.user_id, cases.prompt)
-    return {"difference": 100 * mean, "low": 100 * low, "high": 100 * high, "n": len(values), "verdict": "better" if low > 0 else "worse" if high < 0 else "undecided"}
+def difference_row(
+    values: np.ndarray, # [n] differences of shares, or [trainings, n]
+    cases: pd.DataFrame, # their n rows of data.cases
+) -> dict: # difference, low, high (percent), n, trainings, verdict
+    "A mean difference with its 95 % interval over users and captions, and over trainings (Student's) if there are several."
+    values = np.atleast_2d(values)
+    mean, low, high = mean_interval(values.mean(0), cases.user_id, cases.prompt)
+    if (runs := len(values)) > 1:
+        spread = stats.t.ppf(0.975, runs - 1) * stats.sem(values.mean(1))
+        low, high = mean - np.hypot(mean - low, spread), mean + np.hypot(high - mean, spread)
+    return {"difference": 100 * mean, "low": 100 * low, "high": 100 * high, "n": values.shape[1], "trainings": runs, "verdict": "better" if low > 0 else "worse" if high < 0 else "undecided"}
 
 def compare(
-    ours: list[np.ndarray], theirs: list[np.ndarray], # of each case: the liked picture's score, then its rivals'
+    ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]], # a training each; of each case: the liked picture's score, then its rivals'
     cases: pd.DataFrame, # their n rows of data.cases
-) -> dict: # difference, low, high (percent), n, verdict
-    "Top-1 accuracy of ours minus theirs, with a 95 % interval over users and captions."
-    return difference_row(top_k(np.stack(ours)) - top_k(np.stack(theirs)), cases)
+    k: int = 1,
+) -> dict: # see difference_row
+    "Top-k accuracy of ours minus theirs on the same questions; a model of one training meets each of the other's."
+    ours, theirs = (np.stack([top_k(np.stack(s), k) for s in each]) for each in (ours, theirs))
+    if 1 != len(ours) != len(theirs) != 1: raise BoigError(f"{len(ours)} trainings cannot be paired with {len(theirs)}. Give as many of both, or one.")
+    return difference_row(ours - theirs, cases)
 
 def rows_of_table(
     scores: dict, # model -> list of scores, one a case
