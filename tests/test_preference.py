@@ -218,6 +218,29 @@ def test_reward_equals_whole_sequences_with_gradients(base):
     assert p.dtype == torch.float32 and ((0 < p) & (p < 1)).all() and reward.differentiable
 
 
+def halved(base):
+    "Half as beside 4 bits: the text model and what feeds it, but not the vision encoder."
+    idefics = copy.deepcopy(base[0]).half()
+    idefics.model.vision_model.float()
+    return idefics, base[1]
+
+
+def test_a_reward_in_half_precision_still_guides_who_dislikes_all(base):
+    "Where p is near 0, its gradient is too small for float16 everywhere between the logits and the pixels."
+    history, x, found = rated(8), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)), []
+    for pair in (base, halved(base)):
+        reward, bias = PreferenceReward(model_of(pair), history), torch.zeros(len(base[1].tokenizer))
+        bias[reward.model.words.like] = -12.0
+        reward.model.idefics.lm_head.register_forward_hook(lambda module, args, out: out + bias)
+        image = x.clone().requires_grad_()
+        p = reward(image, ["a cat", "b"])
+        found.append((p.detach(), torch.autograd.grad(p.sum(), image)[0]))
+    (p, g), (q, h) = found
+    assert (p < 1e-3).all() and torch.allclose(p, q, rtol=0.1) and h.abs().max() > 0
+    g, h = ((t / t.abs().amax((1, 2, 3), keepdim=True)).flatten(1) for t in (g, h))
+    assert (torch.cosine_similarity(g, h) > 0.99).all()
+
+
 def test_reward_reads_a_history_once(base, monkeypatch):
     import boig.preference.reward as module
     calls = []
@@ -373,20 +396,23 @@ def test_the_seed_decides_loras_start(base, data, tmp_path):
     with pytest.raises(BoigError, match="another starting weights"): train_preference(other, data, tmp_path/"a", config, progress=False)
 
 
-def test_four_bits_leave_what_is_trained_whole(base, monkeypatch):
-    "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it."
-    asked, half = {}, copy.deepcopy(base[0]).half()
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_four_bits_leave_what_is_trained_whole(base, monkeypatch, half):
+    "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it. The rest is bfloat16 where the GPU has it."
+    asked, idefics = {}, copy.deepcopy(base[0])
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: half == torch.bfloat16)
     monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr("boig.preference.model.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))  # not peft's
     monkeypatch.setattr("boig.preference.model.resolve", lambda ref: ref)
     monkeypatch.setattr("boig.preference.model.AutoProcessor.from_pretrained", lambda folder: base[1])
     monkeypatch.setattr("boig.preference.model.BitsAndBytesConfig", lambda **options: asked.update(options))
-    monkeypatch.setattr("boig.preference.model.Idefics2ForConditionalGeneration.from_pretrained", lambda folder, **options: half)
+    monkeypatch.setattr("boig.preference.model.Idefics2ForConditionalGeneration.from_pretrained", lambda folder, **options: idefics.to(options["dtype"]))
     model = PreferenceModel(*load_idefics("base", quantize="nf4"), PreferenceConfig()).eval()
-    linear = [n for n, m in half.named_modules() if isinstance(m, torch.nn.Linear)]
+    linear = [n for n, m in idefics.named_modules() if isinstance(m, torch.nn.Linear)]
     packed = {n for n in linear if should_convert_module(n, asked["llm_int8_skip_modules"])}
     assert "lm_head" not in packed and {n for n in linear if "text_model" in n or "connector" in n} == packed
-    with torch.no_grad(): assert model.see([torch.rand(3, 64, 64)]).dtype == torch.float16
+    with torch.no_grad(): assert model.see([torch.rand(3, 64, 64)]).dtype == half
+    assert asked["bnb_4bit_compute_dtype"] == half and idefics.lm_head.weight.dtype == torch.float32
     def in_bits(names):
         m = copy.deepcopy(model)
         for n in names: m.idefics.get_submodule(n).weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
@@ -400,6 +426,21 @@ def test_four_bits_leave_what_is_trained_whole(base, monkeypatch):
     assert not any("vision_model" in n for n in choose_trained(in_bits(tower), TrainConfig(lora_rank=2, vision=False)))
     model = model_of(base)
     with pytest.raises(BoigError, match="in 4 bits and cannot learn.*lora_rank"): choose_trained(in_bits(n for n in linear if n in packed), TrainConfig())
+
+
+def test_gradients_outlive_half_precision(base, data, tmp_path):
+    "LoRA's gradients through float16 are those of single precision; unscaled, many would be zero."
+    def gradients(pair):
+        model, seen = model_of(pair), {}
+        def keep(step): seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, longest: keep(0) or torch.tensor(1.0))
+            train_preference(model, data, tmp_path/str(len(list(tmp_path.iterdir()))), replace(QUICK, steps=1, lora_rank=2, lora_dropout=0.0), progress=False)
+        return torch.cat([g.flatten() for n, g in sorted(seen.items())]), seen
+    faint = (copy.deepcopy(base[0]), base[1])
+    with torch.no_grad(): faint[0].lm_head.weight.mul_(2e-4)
+    (g, names), (h, _) = gradients(faint), gradients(halved(faint))
+    assert any("lora_" in n for n in names) and torch.cosine_similarity(g, h, 0) > 0.99 and 0.99 < h.norm() / g.norm() < 1.01
 
 
 def test_two_stages_are_saved_and_loaded(base, data, tmp_path):

@@ -294,10 +294,12 @@ def load_idefics(
     if quantize:
         if where.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
             raise BoigError(f"4-bit weights need a CUDA device (here: {where.type}) and bitsandbytes (pip install bitsandbytes). Load it without `quantize`, or on a machine that has both.")
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
+        half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half,
                                   llm_int8_skip_modules=["lm_head", "model.vision_model"])  # of 4 bits too, whatever its name says; lm_head is skipped only if no list is given
-        model = Idefics2ForConditionalGeneration.from_pretrained(folder, quantization_config=four, dtype=torch.float16, device_map={"": where}).eval()
+        model = Idefics2ForConditionalGeneration.from_pretrained(folder, quantization_config=four, dtype=half, device_map={"": where}).eval()
         model.model.vision_model.float()
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.float())  # logits of about 20 in bfloat16 would be multiples of 1/8; the embeddings, tied or not, stay
     else: model = load_pretrained(Idefics2ForConditionalGeneration, folder, dtype).to(where)
     return model, AutoProcessor.from_pretrained(folder)
 

@@ -9,10 +9,25 @@ __all__ = ['PreferenceReward', 'load_preference_reward']
 import torch
 
 from ..core import BoigError
-from .model import PreferenceModel, Rated, Read, check_history, load_preference, read, score
+from .loss import like_probability
+from .model import PreferenceModel, Rated, Read, check_history, judge, load_preference, read
 from ..rewards.base import check_call, register
 
 # %% ../../nbs/70_preference/73_reward.ipynb #0da8670f
+def _lifted(
+    x: torch.Tensor, # [B, 3, H, W]
+    f, # pictures -> logits [B, V]; its inner part in float16
+) -> torch.Tensor: # the same logits
+    "A gradient that outlives float16, which rounds those below 6e-8 to zero: made as long as 64 on its way in, picture by picture, and short again on its way out."
+    x, by = x.view_as(x), []
+    z = f(x)
+    def lift(g):
+        by[:] = [64 / g.abs().amax(1).clamp_min(1e-30)]
+        return g * by[0][:, None]
+    z.register_hook(lift)
+    x.register_hook(lambda g: g / by[0][:, None, None, None].to(g))
+    return z
+
 class PreferenceReward:
     "p(x): how likely a user likes each picture (eq. 6), after their history."
     differentiable = True
@@ -46,7 +61,10 @@ class PreferenceReward:
         if history is None: raise BoigError("Whose taste? Pass a history to the reward, or context={'history': [Rated(picture, caption, liked), …]}.")
         known = self.meet(history)
         if not len(images): return images.new_zeros(0, dtype=torch.float32)
-        return score(self.model, known, [0] * len(images), list(images), list(prompts)).to(images.device)
+        def look(x): return judge(self.model, known, [0] * len(x), list(x), list(prompts)).logits
+        half = self.model.idefics.get_input_embeddings().weight.dtype == torch.float16
+        z = _lifted(images, look) if half and images.requires_grad and torch.is_grad_enabled() else look(images)
+        return like_probability(z, self.model.words.like, self.model.words.dislike).to(images.device)
 
 # %% ../../nbs/70_preference/73_reward.ipynb #cdec56fb
 def load_preference_reward(

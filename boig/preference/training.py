@@ -173,10 +173,14 @@ def _together(own: dict, sums: dict, a: Accelerator) -> dict[str, float]:
         if p.grad is not None: p.grad = a.reduce(p.grad)
     return dict(zip(sums, a.reduce(torch.tensor(list(sums.values()), device=a.device)).tolist()))
 
+def _lift(model: PreferenceModel) -> float:
+    "What the loss is multiplied by: float16 rounds gradients below 6e-8 to zero. A constant, so that a run that goes on needs to know nothing more."
+    return 2.0**12 if model.idefics.get_input_embeddings().weight.dtype == torch.float16 else 1.0
+
 def _step(model: PreferenceModel, data: Histories, c: TrainConfig, step: int, own: dict, optimizers: list, a: Accelerator) -> dict[str, float]:
     "One update, whose parts the processes share; the means of the loss's parts."
     rng, sums = np.random.default_rng(derive_seed(c.seed, "batch", step)), {}
-    targets = rng.integers(len(data.train), size=c.batch)
+    targets, lift = rng.integers(len(data.train), size=c.batch), _lift(model)
     for at in range(0, c.batch, c.micro):
         histories, owner, good, bad, texts = _drawn(data, c, targets[at:at + c.micro], rng)  # by every process, so that a part is the same whoever takes it
         if at // c.micro % a.num_processes != a.process_index: continue
@@ -184,8 +188,10 @@ def _step(model: PreferenceModel, data: Histories, c: TrainConfig, step: int, ow
         with torch.autocast(model.idefics.device.type, torch.bfloat16, enabled=c.bf16 and bf16_pays(model.idefics.device.type)):
             z = pair_logits(model, histories, [data.pictures[u] for u in good], [data.pictures[u] for u in bad], texts, c.share, owner)
         parts = preference_loss(*z, model.words.like, model.words.dislike, c.loss)
-        (parts["loss"] * c.micro / c.batch).backward()
+        (parts["loss"] * c.micro / c.batch * lift).backward()
         for k, v in parts.items(): sums[k] = sums.get(k, 0.0) + v.item() * c.micro / c.batch
+    for p in own.values():
+        if lift > 1 and p.grad is not None: p.grad /= lift
     if a.num_processes > 1: sums = _together(own, sums, a)
     sums["gradient"] = float(torch.nn.utils.clip_grad_norm_(own.values(), c.clip))
     if not (finite := math.isfinite(sums["gradient"])): warnings.warn(f"Step {step} is left out: its gradient is no finite number. Its pairs: training rows {targets.tolist()}.")
