@@ -367,6 +367,14 @@ def test_steps_that_processes_cannot_share(base, data, tmp_path, monkeypatch):
     with pytest.raises(BoigError, match="2 parts of a step .* by 3 processes"): train_preference(model_of(base), data, tmp_path, QUICK, progress=False)
 
 
+def test_a_quantised_model_on_anothers_gpu_is_refused(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda self: 2))
+    monkeypatch.setattr("accelerate.Accelerator.device", property(lambda self: torch.device("cuda:1")))
+    model = model_of(base)
+    model.idefics.is_quantized = True
+    with pytest.raises(BoigError, match="has cuda:1, but its quantised model lies on cpu"): train_preference(model, data, tmp_path, QUICK, progress=False)
+
+
 def test_what_is_trained(base):
     model = model_of(base, tokens=2)
     assert set(choose_trained(model, TrainConfig(what="tokens"))) == {"tokens"}
@@ -380,6 +388,14 @@ def test_what_is_trained(base):
     with pytest.raises(BoigError, match="Nothing is left"): choose_trained(model_of(base), TrainConfig(what="tokens"))
     for bad in (dict(what="x"), dict(batch=3, micro=2), dict(checkpointing=True)):
         with pytest.raises(BoigError): TrainConfig(**bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [TrainConfig(), TrainConfig(lora_rank=2), TrainConfig(vision=False), TrainConfig(what="tokens")])
+def test_what_is_trained_is_in_single_precision(base, dtype, config):
+    model = model_of((copy.deepcopy(base[0]).to(dtype), base[1]), tokens=2)
+    assert all(p.dtype == torch.float32 for p in choose_trained(model, config).values())
+    with torch.no_grad(): assert judge_whole(model, [rated(2)], [torch.rand(3, 64, 64)], ["a"]).logits.isfinite().all()
 
 
 def test_the_seed_decides_loras_start(base, data, tmp_path):
@@ -399,14 +415,15 @@ def test_the_seed_decides_loras_start(base, data, tmp_path):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_four_bits_leave_what_is_trained_whole(base, monkeypatch, half):
     "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it. The rest is bfloat16 where the GPU has it."
-    asked, idefics = {}, copy.deepcopy(base[0])
+    asked, where, idefics = {}, [], copy.deepcopy(base[0])
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: half == torch.bfloat16)
-    monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda" if device == "auto" else device))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr("boig.preference.model.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))  # not peft's
     monkeypatch.setattr("boig.preference.model.resolve", lambda ref: ref)
     monkeypatch.setattr("boig.preference.model.AutoProcessor.from_pretrained", lambda folder: base[1])
     monkeypatch.setattr("boig.preference.model.BitsAndBytesConfig", lambda **options: asked.update(options))
-    monkeypatch.setattr("boig.preference.model.Idefics2ForConditionalGeneration.from_pretrained", lambda folder, **options: idefics.to(options["dtype"]))
+    monkeypatch.setattr("boig.preference.model.Idefics2ForConditionalGeneration.from_pretrained", lambda folder, **options: where.append(options["device_map"][""]) or idefics.to(options["dtype"]))
     model = PreferenceModel(*load_idefics("base", quantize="nf4"), PreferenceConfig()).eval()
     linear = [n for n, m in idefics.named_modules() if isinstance(m, torch.nn.Linear)]
     packed = {n for n in linear if should_convert_module(n, asked["llm_int8_skip_modules"])}
@@ -417,6 +434,10 @@ def test_four_bits_leave_what_is_trained_whole(base, monkeypatch, half):
         m = copy.deepcopy(model)
         for n in names: m.idefics.get_submodule(n).weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
         return m
+    assert where == [torch.device("cuda")]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process of several
+    for device in ("auto", "cuda:3"): load_idefics("base", device, quantize="nf4")
+    assert where[1:] == [torch.device("cuda:1"), torch.device("cuda:3")]
     own = choose_trained(model, TrainConfig(lora_rank=2))
     assert any("vision_model" in n for n in own) and all(p.dtype == torch.float32 for p in own.values())
     model = PreferenceModel(copy.deepcopy(base[0]), base[1])

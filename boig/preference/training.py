@@ -121,7 +121,7 @@ def add_tokens(model: PreferenceModel, tokens: int = 10, seed: int = 0) -> Prefe
     return new
 
 def choose_trained(model: PreferenceModel, config: TrainConfig) -> dict[str, torch.nn.Parameter]:
-    "Let the stage's parameters learn and freeze the others; those that learn, by name."
+    "Let the stage's parameters learn, in single precision, and freeze the others; those that learn, by name."
     tower = model.idefics.model.vision_model
     if config.lora_rank and not getattr(model.idefics, "peft_config", None):
         torch.manual_seed(derive_seed(config.seed, "lora"))
@@ -135,6 +135,7 @@ def choose_trained(model: PreferenceModel, config: TrainConfig) -> dict[str, tor
         tower.requires_grad_(config.vision)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not own: raise BoigError("Nothing is left to train: this model has no preference tokens; add some with add_tokens, or train what='joint'.")
+    for p in own.values(): p.data = p.data.float()  # a step of 1e-5 is lost in bfloat16, and AdamW's epsilon is 0 in float16
     model.changed |= set(own)
     return own
 
@@ -245,7 +246,9 @@ def train_preference(
     if not len(data.train): raise BoigError("There is no training user in this data; lower test_users and valid_users.")
     a = Accelerator(cpu=model.idefics.device.type == "cpu")
     if config.batch // config.micro % a.num_processes: raise BoigError(f"{config.batch // config.micro} parts of a step (batch / micro) can't be shared evenly by {a.num_processes} processes; change batch or micro.")
-    if a.num_processes > 1 and not getattr(model.idefics, "is_quantized", False): model.to(a.device)
+    if a.num_processes > 1:
+        if not getattr(model.idefics, "is_quantized", False): model.to(a.device)
+        elif model.idefics.device != a.device: raise BoigError(f"This process has {a.device}, but its quantised model lies on {model.idefics.device} and cannot be moved. Load it with device='auto'.")
     own, path = choose_trained(model, config), Path(folder)/"checkpoint.safetensors"
     start = fingerprint(model.parameters())  # LoRA's among them
     optimizers, idefics = _optimizers(own, config), model.idefics
