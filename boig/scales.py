@@ -309,9 +309,12 @@ class PreferenceModelsScale:
     token_steps: int # of stage 2
     batch: int # histories a step
     micro: int # at once
+    share: bool # a history is read once for both pictures of its pair
+    checkpointing: bool # activations are made again, not kept; needs share = false
     targets: int # pairs asked about after each
     lr: float # of AdamW
     end: float # learning rate of the last step, as a share of the first
+    token_end: float # the same of stage 2
     muon_lr: float # of matrices, by Muon; 0 = AdamW for all
     token_lr: float # of preference tokens
     warmup: int # steps
@@ -329,6 +332,7 @@ class PreferenceModelsScale:
     clip: str # what PickScore starts from
     clip_steps: int # of PickScore
     clip_batch: int # pairs a step
+    clip_micro: int # of them at once; 0 = all
     clip_lr: float # of AdamW
     clip_muon_lr: float # of matrices, by Muon
 
@@ -414,9 +418,9 @@ AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 
             "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
             "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "asked_each": 1, "grid_each": 1,
             "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
-            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1,
+            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "clip_micro": 0, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1,
             "dreambooth_batch": 1, "custom_batch": 1, "inversion_batch": 1, "neti_batch": 1, "dreambooth_lr": 0, "custom_lr": 0, "inversion_lr": 0, "neti_lr": 0, "rl_lr": 0, "rl_lr_full": 0, "grid_subjects": 1,
-            "appendix_pictures": 0, "agent_steps": 1, "end": 0, "clip_lr": 0, "clip_muon_lr": 0, "attention_head": -1, "weight": 0, "clip": 0, "norm_weight": 0, "grid_agents": 1, "seed": 0}
+            "appendix_pictures": 0, "agent_steps": 1, "end": 0, "token_end": 0, "clip_lr": 0, "clip_muon_lr": 0, "attention_head": -1, "weight": 0, "clip": 0, "norm_weight": 0, "grid_agents": 1, "seed": 0}
 AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9, "seed": 2**32 - 1}
 CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
 

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from boig.benches.pickapic import HistoryRules, build_histories, synthetic
-from boig.core import BoigError
+from boig.core import BoigError, project_root
 from boig.pocket.idefics import make_idefics
 from boig.preference.baselines import score_by_reward
 from boig.preference.loss import CONTRASTS, LossConfig, like_probability, preference_loss
@@ -28,6 +28,7 @@ from boig.preference.reward import PreferenceReward
 from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference
 from boig.rewards.base import load_reward
 from boig.scales import load_scale
+from boig.stages import code_cells
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +336,19 @@ def test_sharing_accumulating_and_whole_sequences_are_one_training(base, data, t
     logs = [train_preference(m, data, tmp_path/str(i), c, progress=False) for i, (m, c) in enumerate(zip(models, runs))]
     for log in logs[1:]: np.testing.assert_allclose(log.loss, logs[0].loss, rtol=2e-3)
     assert logs[0].loss.iloc[0] != logs[0].loss.iloc[1]
+
+
+@pytest.mark.parametrize("name", ["smoke", "pocket", "reference", "paper"])
+def test_a_scales_stages_are_legal_and_paper_size_fits_its_gpu(name):
+    "The notebook's own lines, with each scale's values: activations of 8B are made again, and stage 2's rate stays where the authors' stays."
+    s = load_scale(name).preference_models
+    code = "\n".join(code_cells(project_root()/"nbs"/"90_experiments"/"preference_models.ipynb"))
+    names = asdict(s) | dict(TrainConfig=TrainConfig, LossConfig=LossConfig, replace=replace)
+    exec(code[code.index("first = TrainConfig("):code.index("logs = {}")], names)
+    first, second, paper = names["first"], names["second"], name == "paper"
+    assert (first.checkpointing, first.share, first.micro == 1) == (second.checkpointing, second.share, second.micro == 1) == (paper, not paper, paper)
+    assert (first.end, second.end) == ((0.0, 1.0) if paper else (0.1, 0.1)) and second.steps == s.token_steps
+    assert (s.clip_micro > 0) == paper and "micro=clip_micro" in code
 
 
 def in_two(folder, built):

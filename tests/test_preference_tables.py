@@ -16,11 +16,13 @@ from boig.benches.pickapic import HistoryRules, build_histories
 from boig.benches.tastes import TasteRules, make_tastes, oracle_scores
 from boig.core import BoigError, project_root
 from boig.pocket.choosers import GROUPS, PARTS
-from boig.preference.baselines import (PictureServer, guess, pick_cases, read_index, score_by_reward, server_pairs, server_question, server_scores, viper_training)
+from boig.preference.baselines import (PictureServer, guess, pick_cases, read_index, score_by_reward, server_pairs, server_question, server_scores, train_pickscore,
+                                     viper_training)
 from boig.preference.loss import LossConfig
 from boig.preference.model import PreferenceConfig, PreferenceModel, save_preference, tiny_idefics
 from boig.preference.training import Histories, TrainConfig, _drawn, same_prompt, train_preference
 from boig.preference.users import another_history, compare, couple, divergences, nearest_agree, rows_of_table, token_profiles, user_states
+from boig.rewards.clip_scores import load_clip
 from boig.scales import load_scale
 from boig.stages import code_cells
 
@@ -115,6 +117,18 @@ def test_questions_rivals_and_controls(made):
         assert theirs != [r.caption for r in data.history(c)] and len(theirs) == 16
     assert viper_training(TrainConfig(loss=LossConfig("binary"))) == replace(TrainConfig(), shuffle=False, loss=LossConfig("binary", "none"))
     with pytest.raises(BoigError, match="two users"): another_history(data, pairs[pairs.user_id == pairs.user_id.iloc[0]])
+
+
+def test_pickscore_in_parts_learns_the_same(made, tmp_path, monkeypatch):
+    "A few pairs at once: the same weights, and never more pictures in memory than asked for."
+    import boig.preference.baselines as module
+    monkeypatch.setattr("boig.pocket.training.bf16_pays", lambda *device: False)  # whose rounding would drown the comparison
+    seen = []
+    monkeypatch.setattr(module, "embed_images", lambda model, preprocess, pictures, embed=module.embed_images: seen.append(len(pictures)) or embed(model, preprocess, pictures))
+    whole, parts = (train_pickscore("pocket-clip", made[1], tmp_path/str(micro), 2, 8, 1e-3, 2e-3, micro=micro, device="cpu").model.state_dict() for micro in (0, 3))
+    assert seen[:2] == [16, 16] and max(seen[2:]) == 6
+    start, far = load_clip("pocket-clip")[0].state_dict(), lambda a, b: sum((a[n] - b[n]).abs().sum() for n in a)
+    assert 0 < far(whole, parts) < 1e-2 * far(whole, start)  # but for the order of additions
 
 
 def test_compare_is_paired_and_by_user():

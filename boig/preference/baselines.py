@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPImageProcessorPil
 
 from ..behaviour.incontext import Server
@@ -76,6 +77,7 @@ def train_pickscore(
     seed: int = 0,
     run=None, # folder of the checkpoint; None = run/ below `folder`
     device: str = "auto",
+    micro: int = 0, # pairs whose activations are kept at once, the others' made again when their gradients are due; 0 = all
 ) -> ClipScore:
     "Train a CLIP on the training users' choices, or go on; saved as a judge that `load_clip_score` reads."
     model, tokenizer, preprocess = load_clip(base)
@@ -84,10 +86,13 @@ def train_pickscore(
     def draw(i):
         part = rows[np.random.default_rng(derive_seed(seed, "pickscore", i)).integers(len(rows), size=batch)]
         return torch.cat([preprocess.resize(data.pictures[u][None]) for good, bad, _ in part for u in (good, bad)]), [text for *_, text in part]
-    def loss(model, drawn):
-        images, texts = embed_images(model, preprocess, drawn[0]), embed_texts(model, tokenizer, drawn[1])
-        scores = model.logit_scale.exp() * (images.view(len(texts), 2, -1) * texts[:, None]).sum(-1)
-        return {"loss": choice_loss(scores.float(), torch.zeros(len(texts), dtype=torch.long, device=scores.device)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
+    def score(pictures, captions):
+        images, texts = embed_images(model, preprocess, pictures), embed_texts(model, tokenizer, captions)
+        return model.logit_scale.exp() * (images.view(len(texts), 2, -1) * texts[:, None]).sum(-1)
+    def loss(_, drawn):
+        pictures, captions = drawn
+        scores = score(*drawn) if not micro else torch.cat([checkpoint(score, pictures[2 * i:2 * (i + micro)], captions[i:i + micro], use_reentrant=False) for i in range(0, batch, micro)])
+        return {"loss": choice_loss(scores.float(), torch.zeros(batch, dtype=torch.long, device=scores.device)), "right": (scores[:, 0] > scores[:, 1]).float().mean()}
     model.requires_grad_(True)
     log = fit(model, draw, loss, steps, run or Path(folder)/"run", lr=lr, muon_lr=muon_lr, seed=seed, log_every=min(steps, 10), recipe={"base": str(base), "batch": batch, "choices": digest(rows.tolist())})
     processor = CLIPImageProcessorPil(size={"shortest_edge": preprocess.size[0]}, crop_size=preprocess.size[0], image_mean=list(preprocess.mean), image_std=list(preprocess.std))
