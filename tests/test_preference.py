@@ -25,7 +25,7 @@ from boig.preference.loss import CONTRASTS, LossConfig, like_probability, prefer
 from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, load_idefics, load_preference, read, save_preference, score,
                                    see, tiny_idefics, token_attention, trained)
 from boig.preference.reward import PreferenceReward
-from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference
+from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference, with_history
 from boig.rewards.base import load_reward
 from boig.scales import load_scale
 from boig.stages import code_cells
@@ -312,6 +312,23 @@ def test_a_history_never_knows_its_target(data):
         assert sum(r.liked for r in history) == sum(not r.liked for r in history) == len(history) // 2 and len(history) == 16
     orders = {tuple(r.liked for r in draw_pair(data, 0, 4, True, np.random.default_rng(s))[0]) for s in range(8)}
     assert len(orders) > 2 and {tuple(r.liked for r in draw_pair(data, 0, 4, False, np.random.default_rng(s))[0]) for s in range(4)} == {(False, True) * 4}
+
+
+def test_choices_without_a_history_are_not_trained_on(base, data, tmp_path, monkeypatch):
+    "One user's choices at a single prompt: liked pictures enough, but no history. Where nobody lacks one, the draws are those of all rows."
+    assert with_history(data, 2).tolist() == list(range(len(data.train)))
+    poor = copy.copy(data)
+    poor.train = data.train.copy()
+    lost = data.of_user[data.train.user_id[0]]
+    poor.train.loc[lost, "caption"] = ["one prompt", "One prompt "] * (len(lost) // 2) + ["one prompt"] * (len(lost) % 2)
+    poor.asks = poor.train.caption.str.strip().str.lower().to_numpy()
+    assert not set(with_history(poor)) & set(lost) and len(with_history(poor)) == len(data.train) - len(lost)
+    drawn = []
+    monkeypatch.setattr("boig.preference.training.draw_pair", lambda data, target, *more: drawn.append((target, found := draw_pair(data, target, *more))) or found)
+    with pytest.warns(UserWarning, match=f"{len(lost)} of {len(data.train)} training choices are left out"): train_preference(model_of(base), poor, tmp_path/"some", replace(QUICK, batch=32, micro=32, steps=2, lr=0.0), progress=False)
+    assert len(drawn) == 64 and not {t for t, _ in drawn} & set(lost) and all(len(found[0]) for _, found in drawn)
+    poor.train["caption"] = "x"
+    with pytest.raises(BoigError, match="nobody chose at two prompts"): train_preference(model_of(base), poor, tmp_path/"none", QUICK, progress=False)
 
 
 def test_stopped_and_resumed_gives_the_same_weights(base, data, tmp_path):
