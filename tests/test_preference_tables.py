@@ -170,7 +170,10 @@ def test_a_server_is_asked_with_the_appendixs_words_and_never_without_a_price(ma
     liked, first = server_question([b"a"], [True], (b"x", b"y"))[0]["content"], server_pairs(made[1], pick_cases(made[1], "pair", 3), 1)[1]
     assert [p["image_url"]["url"][-4:] for p in liked if p["type"] == "image_url"] == ["YQ==", "eA==", "eQ=="] and set(first) <= {0, 1}
     assert [read_index(a) for a in ("Image 1 is warmer.", "0", "10", "0.5 and 1", "")] == [1, 0, None, 1, None]
-    assert [read_index(a) for a in ("1, for image 0 is cold", "The index: 0. Not 1.", "Comparing image 0 with image 1, the user would prefer image 1.", "Both are warm; I'd say 1.")] == [1, 0, None, 1]
+    assert [read_index(a) for a in ("1, for image 0 is cold", "The index: 0. Not 1.", "Comparing image 0 with image 1, the user would prefer image 1.", "Both are warm; I'd say 1.")] == [1, 0, 1, 1]
+    for answer in ("Image 0 is dark and noisy, which this user dislikes, so they would prefer image 1.", "0 or 1? I choose 1.", "Image 0 and image 1 both show cats; answer: 1", "The user would prefer image 1 over image 0.",
+                   "**1**", "Image 1. Image 0 is cold.", "Image 0, which is dark, isn't it: they'd pick 1.", "The user would not prefer image 0; index 1", "The preferred image is 1\n\nImage 0 is cold."): assert read_index(answer) == 1
+    for answer in ("They like warm colours, which image 0 lacks, and image 1 has.", "Based on the preferences, image 0 or image 1 may do."): assert read_index(answer) is None
     assert server_scores(["1", "1"], np.array([1, 0]))[0].tolist() == [1, 0] and server_scores(["1"], np.array([0]))[0].tolist() == [0, 1]
 
 

@@ -147,10 +147,12 @@ def server_question(
         picture(candidates[1]), said(". Output only the index (0 or 1) of the image the user would prefer, with explanation.")]}]
 
 def read_index(answer: str) -> int | None: # None: it names none
-    "The index in an answer: what it begins with, or the only one of 0 and 1 that stands alone in it."
-    found = re.findall(r"(?<![\d.])([01])(?![\d.]*\d)", answer)
-    first = re.match(r"\W*(?:the )?(?:index|image|answer)?\W*([01])(?![\d.]*\d)", answer, re.IGNORECASE)
-    return int(first[1]) if first else int(found[0]) if len(set(found)) == 1 else None
+    "The index in an answer: what it is or begins with, else what it last says is preferred or chosen, else the only one of 0 and 1 that stands alone in it."
+    first = re.match(r"""\W*(?:(?:the )?(?:index|image|answer)(?: is)?\W*)?([01])(?=\W*$|[.\n*"')\]](?!\d))|\W*([01]),""", answer, re.IGNORECASE)
+    if first: return int(first[1] or first[2])
+    said = re.findall(r"(?<!not )(?<!n't )\b(?:(?:prefer|choose|chose|pick|select)(?:s|r?ed|n)?\b[^.,;\n01]*|(?:answer|index)\W*(?:is\W*)?(?:image\W*)?)\b([01])\b(?!\.\d)", answer, re.IGNORECASE)
+    found = said[-1:] or re.findall(r"(?<![\d.])([01])(?![\d.]*\d)", answer)
+    return int(found[0]) if len(set(found)) == 1 else None
 
 def server_pairs(
     data: Histories,
