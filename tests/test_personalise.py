@@ -230,6 +230,24 @@ def test_other_settings_or_pictures_are_refused(runs, tmp_path):
     with pytest.raises(BoigError, match="no finished training"): load_subject(tmp_path)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_finished_run_without_its_checkpoint_is_taken_as_it_is_and_another_one_refused(name, runs, tmp_path, monkeypatch):
+    from boig.personalise import base
+    (train, config), (pipe, log, folder), again = METHODS[name], runs(name), tiny()
+    shutil.copytree(folder, tmp_path/"run")
+    (tmp_path/"run"/"checkpoint.pt").unlink()
+    def held(): return {p: p.read_bytes() for p in sorted((tmp_path/"run").rglob("*")) if p.is_file()}
+    before = held()
+    monkeypatch.setattr(base, "step", lambda *a: pytest.fail("trained"))
+    refused("another lr", train, tiny(), SUBJECT, tmp_path/"run", dataclasses.replace(config, lr=1e-1))
+    done = train(again, SUBJECT, tmp_path/"run", config, progress=False)
+    words = load_subject(folder)["words"]
+    assert done["loss"].tolist() == pytest.approx(log["loss"].tolist(), abs=1e-6) and held() == before
+    assert torch.allclose(pictures(again, words), pictures(pipe, words), atol=1e-4)
+    (tmp_path/"run"/"run.json").unlink()
+    refused("does not say of what settings", train, tiny(), SUBJECT, tmp_path/"run", config)
+
+
 def refused(match, train, *args, **more):
     with pytest.raises(BoigError, match=match): train(*args, progress=False, **more)
 
@@ -443,6 +461,12 @@ def test_instructbooth_comes_back_from_its_folder(rank, tmp_path):
     shared = train_instructbooth(tiny(), SUBJECT, ["a {0} {1} and a hat"], reward, tmp_path/"again", dream, rl, start=tmp_path/"dreambooth", class_folder=tmp_path/"dreambooth"/"class", progress=False)
     assert shared.reward.tolist() == log.reward.tolist()
     assert json.loads((tmp_path/"again"/"subject.json").read_text())["start"] == "../dreambooth"
+    more = dict(start=tmp_path/"dreambooth", class_folder=tmp_path/"dreambooth"/"class")
+    for left in tmp_path.rglob("checkpoint.pt"): left.unlink()  # as `teach` leaves it
+    late = train_instructbooth(tiny(), SUBJECT, ["a {0} {1} and a hat"], reward, tmp_path/"late", dream, rl, **more, progress=False)
+    assert late.reward.tolist() == pytest.approx(log.reward.tolist(), abs=1e-6)
+    refused("another lr", train_instructbooth, tiny(), SUBJECT, ["a {0} {1} and a hat"], reward, tmp_path/"later", dataclasses.replace(dream, lr=1.0), rl, **more)
+    refused("checkpoint is gone", train_instructbooth, tiny(), SUBJECT, ["a {0} {1} and a hat"], reward, tmp_path, dream, rl, **more)
 
 
 @pytest.mark.parametrize("name", ["custom_diffusion", "textual_inversion", "neti"])

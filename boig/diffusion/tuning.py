@@ -83,8 +83,11 @@ def check_folder(
     folder,
     plan: dict, # of the run that would go on in it, or what of it is known
 ):
-    "BoigError if a folder's checkpoint cannot be read, or is of another run."
-    if not (path := Path(folder)/"checkpoint.pt").exists(): return
+    "BoigError if a folder's checkpoint cannot be read, or is of another run, or if a result is there without one."
+    if not (path := Path(folder)/"checkpoint.pt").exists():
+        if done := [r for r in ("adapter", "pipeline") if (Path(folder)/r).is_dir()]:
+            raise BoigError(f"{folder} holds a finished training, whose checkpoint is gone: it cannot go on, and would be overwritten. Load {Path(folder)/done[0]}, train into another folder, or delete this one.")
+        return
     try: kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["plan"]
     except (UnpicklingError, RuntimeError, EOFError, KeyError): raise BoigError(f"'{path}' is no checkpoint that can be read. Delete it to start again.") from None
     same_run(folder, kept, plan, {"model": ", or go on with a freshly loaded pipeline"})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'Subject', 'whole_words', 'rare_words', 'check_words', 'picture_size', 'read_pictures', 'class_pictures',
-           'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'prepare', 'learn',
-           'add_word', 'check_fresh', 'speaking', 'save_word', 'save_subject', 'load_subject']
+           'encode', 'pick', 'denoising_loss', 'with_prior', 'PersonaliseConfig', 'Learner', 'finished', 'prepare',
+           'learn', 'add_word', 'check_fresh', 'speaking', 'save_word', 'save_subject', 'load_subject']
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #963e8f8a
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..benches.subjects import fill_prompt
-from ..core import BoigError, atomic_path, derive_seed, fingerprint, write_json
+from ..core import BoigError, atomic_path, derive_seed, fingerprint, same_run, write_json
 from ..diffusion import sft
 from ..diffusion.pipeline import as_png, draw
 from ..diffusion.tuning import Tuning, TuningConfig, check_folder, check_positive, load_run, save_run, step
@@ -191,6 +191,17 @@ class Learner(Tuning):
         if config.lora_rank: raise BoigError("The personalisation methods train no LoRA (InstructBooth's second stage does); set lora_rank=0.")
         super().check(pipe, config)
 
+def finished(
+    folder,
+    plan: dict, # of the run that would be trained in it, or what of it is known
+) -> pd.DataFrame | None: # its log; None if there is something to train, or a checkpoint that knows
+    "Is a folder's training over, and its checkpoint gone? BoigError if that was another run."
+    folder = Path(folder)
+    if (folder/"checkpoint.pt").exists() or not (folder/"subject.json").is_file(): return None
+    if not (note := folder/"run.json").is_file(): raise BoigError(f"{folder} holds a finished training that does not say of what settings. Load it, train into another folder, or delete this one.")
+    same_run(folder, json.loads(note.read_text(encoding="utf-8")), json.loads(json.dumps(plan))) # as the file gives it back
+    return pd.read_csv(folder/"log.csv")
+
 def prepare(
     pipe: StableDiffusionPipeline,
     subject: Subject,
@@ -198,15 +209,15 @@ def prepare(
     config: PersonaliseConfig,
     identifier: bool = True, # whether the method uses it
     plan: dict = {}, # what else tells this run from another
-) -> tuple[torch.Tensor, dict]: # the subject's pictures; the plan so far
+) -> tuple[torch.Tensor, dict, pd.DataFrame | None]: # the subject's pictures; the plan so far; the log of `finished`
     "What every method begins with: all that can be wrong is said before the pipeline is changed or anything is drawn."
     Learner.check(pipe, config)
     check_fresh(pipe, getattr(config, "word", ""))
     check_words(pipe.tokenizer, subject, identifier)
     pictures = read_pictures(subject.pictures, picture_size(pipe))
     plan = Learner.whole_plan(pipe, config, {"noun": subject.noun, "pictures": fingerprint(pictures)} | plan)
-    check_folder(folder, plan)
-    return pictures, plan
+    if (done := finished(folder, plan)) is None: check_folder(folder, plan)
+    return pictures, plan, done
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #051ecc76
 def learn(
@@ -229,6 +240,7 @@ def learn(
         run.log.append({"step": i + 1} | pd.DataFrame(rows).mean().to_dict() | {"seconds": time.monotonic() - started})
         if run.tracker: a.log(run.log[-1], step=i + 1)
         save_run(run)
+    write_json(run.folder/"run.json", run.plan)
     for p, average in zip(run.params, run.average): p.data.copy_(average)
     for tracker in a.trackers: tracker.finish()
     return pd.DataFrame(run.log)

@@ -76,7 +76,10 @@ def train_custom_diffusion(
 ) -> pd.DataFrame: # the log
     "Teach the attention a subject, or go on where a stopped run was."
     words = replace(subject, identifier=config.word).words()
-    pictures, plan = prepare(pipe, subject, folder, config, identifier=False, plan={"subject": words}) # its model is the one before the new attention
+    pictures, plan, done = prepare(pipe, subject, folder, config, identifier=False, plan={"subject": words}) # its model is the one before the new attention
+    if done is not None:
+        load_custom_diffusion(pipe, folder)
+        return done
     own, (prior, shown) = encode(pipe, pictures), prior_latents(pipe, subject, config, class_folder or Path(folder)/"class")
     token = add_word(pipe, config.word, config.like or rare_words(pipe.tokenizer, 1)[0])
     table = pipe.text_encoder.get_input_embeddings().weight

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ..core import fingerprint
 from ..diffusion.pipeline import load_pipeline
@@ -53,7 +53,10 @@ def train_dreambooth(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach a pipeline a subject, or go on where a stopped run was."
-    pictures, plan = prepare(pipe, subject, folder, config, plan={"subject": subject.prompt()})
+    pictures, plan, done = prepare(pipe, subject, folder, config, plan={"subject": subject.prompt()})
+    if done is not None:
+        pipe.unet.load_state_dict(UNet2DConditionModel.from_pretrained(Path(folder)/"pipeline"/"unet").state_dict())
+        return done
     prior, shown = prior_latents(pipe, subject, config, class_folder or Path(folder)/"class")
     run, own, n = Learner(pipe, folder, config, plan | {"class pictures": shown}), encode(pipe, pictures), config.batch_size
     with torch.no_grad(): states = pipe.encode_prompt([subject.prompt(), subject.prompt(identifier=False)], pipe.device, 1, False)[0].repeat_interleave(n, 0)

@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 from ..core import BoigError, closest
 from ..diffusion.ddpo import DDPOConfig, Run, reward_plan, train_ddpo
 from ..diffusion.pipeline import load_pipeline
+from ..diffusion.tuning import check_folder
 from .base import Subject, load_subject, save_subject
 from .custom_diffusion import load_custom_diffusion
 from .dreambooth import DreamBoothConfig, load_dreambooth, train_dreambooth
@@ -89,6 +90,7 @@ def train_instructbooth(
     "DreamBooth, then DDPO, or go on where a stopped run was."
     instruct_prompts(subject, templates)
     Run.check(pipe, rl) # what is wrong is said before DreamBooth has taken its time
+    check_folder(Path(folder)/"rl", {})
     start = Path(start or Path(folder)/"dreambooth")
     train_dreambooth(pipe, subject, start, dreambooth, class_folder, progress)
     return train_rl(pipe, subject, templates, reward, folder, start, rl, progress=progress, **more)

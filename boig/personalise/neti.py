@@ -154,7 +154,10 @@ def train_neti(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Teach a network the word for a subject, or go on where a stopped run was."
-    pictures, plan = prepare(pipe, subject, folder, config, identifier=False)
+    pictures, plan, done = prepare(pipe, subject, folder, config, identifier=False)
+    if done is not None:
+        load_neti(pipe, folder)
+        return done
     like = config.like or subject.noun
     own, token = encode(pipe, pictures), add_word(pipe, config.word, like)
     seed_everything(derive_seed(config.seed, "mapper"))

@@ -40,7 +40,10 @@ def train_textual_inversion(
     progress: bool = True, # show a bar
 ) -> pd.DataFrame: # the log
     "Find the word for a subject, or go on where a stopped run was."
-    pictures, plan = prepare(pipe, subject, folder, config, identifier=False)
+    pictures, plan, done = prepare(pipe, subject, folder, config, identifier=False)
+    if done is not None:
+        load_textual_inversion(pipe, folder)
+        return done
     own, token = encode(pipe, pictures), add_word(pipe, config.word, config.like or subject.noun)
     table = pipe.text_encoder.get_input_embeddings().weight
     vector = torch.nn.Parameter(table[token].detach().float().clone())
