@@ -293,6 +293,15 @@ def test_dreambooth_moves_the_denoiser_only_and_diffusers_reads_it(runs):
     for other in (theirs, load_dreambooth(folder, "cpu")): assert torch.allclose(pictures(other, words), pictures(pipe, words), atol=1e-5)
 
 
+def test_a_pipeline_that_came_in_half_precision_is_saved_as_plain_diffusers_runs_it(tmp_path):
+    pipe = tiny().to(torch.float16)
+    with pytest.warns(UserWarning, match="has it whole"): train_dreambooth(pipe, SUBJECT, tmp_path, DreamBoothConfig(**SMALL, prior_weight=0), progress=False)
+    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.float16,) * 3
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path/"pipeline")
+    theirs.set_progress_bar_config(disable=True)
+    assert pictures(theirs, "q teddy bear").isfinite().all()
+
+
 def test_dreambooth_without_a_prior_draws_no_class_pictures(tmp_path):
     log = train_dreambooth(tiny(), SUBJECT, tmp_path, DreamBoothConfig(**SMALL, prior_weight=0), progress=False)
     assert not (tmp_path/"class").exists() and "prior" not in log

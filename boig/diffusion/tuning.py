@@ -190,16 +190,15 @@ def averaged(run: Tuning):
     try: yield
     finally: swap()
 
-def restore(run: Tuning, *parts: str):
-    "Give networks of the pipeline (none named: all) the precision back that they came with."
-    for part in parts or run.before: getattr(run.pipe, part).to(run.before[part])
+def restore(run: Tuning):
+    "Give the pipeline's networks the precision back that they came with."
+    for part in run.before: getattr(run.pipe, part).to(run.before[part])
 
 def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
-    "Save what was trained, in single precision, with the running average's weights if there is one."
+    "Save what was trained, all parts in single precision, with the running average's weights if there is one."
     for p, average in zip(run.params, run.average): p.data.copy_(average)
     pipe, name = run.pipe, "adapter" if run.config.lora_rank else "pipeline"
     pipe.scheduler = run.scheduler
-    restore(run, *(part for part in run.before if part != "unet"))
     with run.together():
         if run.accelerator.is_main_process:
             with scratch(run.folder/name) as tmp:
@@ -210,7 +209,7 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
                 shutil.rmtree(run.folder/name, ignore_errors=True)
                 (tmp/"new").rename(run.folder/name)
     if (half := run.before["unet"]) != torch.float32: warnings.warn(f"The pipeline in memory is {str(half).removeprefix('torch.')} again, which rounds what was learned; {run.folder/name} has it whole.", stacklevel=2)
-    restore(run, "unet")
+    restore(run)
     return run.folder/name
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #35014cb6
