@@ -406,7 +406,7 @@ def reproduce(
         raise BoigError(f"The notebooks would import '{beside}', but the library that runs is '{package}'. Run `pip install -e .` in '{beside.parent}', or start in the checkout that is installed.")
     if jobs is None and not profile: jobs = min(2, _cores())
     if jobs is not None and jobs < 1: raise BoigError(f"--jobs must be 1 or more, not {jobs}.")
-    stages = choose(load_stages(table, scale), only, start)
+    stages = choose(load_stages(table, scale), only, start, load_stages(table))
     for name in again:
         if name not in stages: raise closest(name, stages, "stage of this run")
     def plan(): return make_plan(stages, values, results, notebooks, package, again)

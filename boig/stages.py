@@ -78,10 +78,13 @@ def choose(
     stages: dict,
     only=(), # names
     start=(), # names; all stages that stand on these come too
+    every: dict = {}, # those of other scales, too: for the message
 ) -> dict:
     "The stages asked for and all they stand on; every stage if none is asked for."
     for name in (*only, *start):
-        if name not in stages: raise closest(name, stages, "stage")
+        if name in stages: continue
+        if name in every: raise BoigError(f"Stage '{name}' runs only at {' and '.join(f'--scale {s}' for s in every[name].scales)}.")
+        raise closest(name, stages, "stage")
     after = set(start)
     for stage in stages.values():
         if after & set(makers(stage, stages)): after.add(stage.name)

@@ -360,6 +360,8 @@ def test_a_stage_may_belong_to_some_scales_only(world, capsys):
     table.write_text(TABLE.replace('title = "stands alone"', 'title = "stands alone"\nscales = ["reference"]'))
     assert list(load_stages(table)) == ["first", "second", "other"] == list(load_stages(table, "reference"))
     assert list(load_stages(table, "smoke")) == ["first", "second"] == list(world.why(capsys))
+    with pytest.raises(BoigError, match="'other' runs only at --scale reference."): world.run(only=["other"])
+    assert "instructbooth_ablations" in load_stages(scale="paper") and "instructbooth_ablations" not in load_stages(scale="pocket")
     table.write_text(TABLE.replace('title = "doubles the seed"', 'title = "doubles the seed"\nscales = ["reference"]'))
     with pytest.raises(BoigError, match="which no earlier stage makes"): load_stages(table, "smoke")
 
