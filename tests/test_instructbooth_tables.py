@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -184,6 +185,21 @@ def test_given_rows_hold_the_files(tmp_path):
     Image.new("RGB", (5, 4), "red").save(tmp_path/"a.png")
     row, = given_rows([tmp_path/"a.png"], "apple").to_dict("records")
     assert row["prompt"] == "an apple" and to_tensor(row["image"]["bytes"]).shape == (3, 4, 5)
+
+
+def test_large_photographs_are_scaled_down(tmp_path):
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path/"a.jpg")
+    assert Image.open(io.BytesIO(given_rows([tmp_path/"a.jpg"], "cup").image[0]["bytes"])).size == (1024, 768)
+
+
+@pytest.mark.parametrize("how", ["written", "kept"])
+def test_pictures_lie_in_small_groups_that_pandas_can_read(how, tmp_path):
+    "One group with more than 2 GB of pictures cannot be read back."
+    rows, file = pd.DataFrame({"image": plain(0.5, 600)}), tmp_path/"t.parquet"
+    if how == "kept": compare.kept(file, lambda: rows, {})
+    else: compare.write_pictures(file, rows)
+    assert pq.ParquetFile(file).metadata.num_row_groups == 3 and pd.read_parquet(file).image.tolist() == rows.image.tolist()
+    compare.write_pictures(file, pd.DataFrame())  # a run without a subject of its own
 
 
 def test_photographs_stand_upright_and_keep_their_secrets(tmp_path):

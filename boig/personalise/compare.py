@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'METHODS', 'action_prompts', 'Protocol', 'load_protocol', 'made', 'training_plan', 'teach',
-           'training_log', 'picture_rows', 'given_rows', 'drawing_plan', 'kept', 'Lesson', 'compare_subject',
-           'word_losses', 'judge_rows', 'picture_grid', 'claim_verdict', 'cells_to_decide']
+           'training_log', 'picture_rows', 'given_rows', 'drawing_plan', 'write_pictures', 'kept', 'Lesson',
+           'compare_subject', 'word_losses', 'judge_rows', 'picture_grid', 'claim_verdict', 'cells_to_decide']
 
 # %% ../../nbs/80_personalise/86_compare.ipynb #b157686a
 import io
@@ -167,9 +167,10 @@ def picture_rows(
     pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), **sampling)
     return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i, **sampling), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
 
-def _pixels(file) -> bytes: # of a PNG
-    "A picture upright, in RGB, and nothing else: a photograph's file may say where its owner lives."
+def _pixels(file, longest: int = 1024) -> bytes: # of a PNG
+    "A picture upright, in RGB, and nothing else: a photograph's file may say where its owner lives. A large one is scaled down: no judge looks at more, and as a PNG it has many times a photograph's bytes."
     picture = open_rgb(file)
+    picture.thumbnail((longest, longest))
     picture.info.clear()
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
@@ -191,6 +192,10 @@ def drawing_plan(
     "What `picture_rows` draws follows from this, and from the pipeline: names as there."
     return {"templates asked": list(asked.template), "pictures of a prompt": each, "seed of the pictures": seed, "sampling": sampling}
 
+def write_pictures(path, table: pd.DataFrame):
+    "A table with pictures as parquet, in small groups of rows: pandas cannot read one with more than 2 GB of them."
+    with atomic_path(path) as tmp: table.to_parquet(tmp, index=False, row_group_size=256)
+
 def kept(
     path, # ….parquet
     make, # () -> a table
@@ -199,7 +204,7 @@ def kept(
     "A table that is made once; BoigError if the one that is there was made from something else."
     if not made(path, plan):
         table = make()
-        with atomic_path(path) as tmp: table.to_parquet(tmp, index=False)
+        write_pictures(path, table)
     return pd.read_parquet(path)
 
 # %% ../../nbs/80_personalise/86_compare.ipynb #ea7868e9
