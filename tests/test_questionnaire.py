@@ -15,6 +15,7 @@ from PIL import Image
 from boig.benches.questionnaire import (KINDS, NOT_RUN, Question, agreement_table, fidelity_questions, human_table, pick_question, pick_table, preference_table, read_answers,
                                         read_pictures, save_pictures, side_question, write_questionnaire)
 from boig.core import BoigError, write_json
+from boig.metrics.agreement import wilson
 
 EVIL = "a <img src=x onerror=\"window.hacked=1\"> </script><script>window.hacked=2</script> & 'cup' ☕"
 RATER = "Zoë <b>\"x\"</b>, ok"
@@ -201,6 +202,25 @@ def test_pass_counts_as_bad_and_majority_decides(asked):
     assert picked.loc["people, each", "accuracy"] == pytest.approx((4 + 3 / 4) / 7) and picked.loc["people, together", "accuracy"] == 1
     kinds = agreement_table(answers).set_index("Kind")
     assert kinds.loc["overall", "alpha"] == 1 and kinds.loc["text", "raters"] == 7
+
+def alike(kind, yes, no, names):
+    "40 cells of ten pictures that raters judge alike, half of the cells one way and half the other."
+    return pd.DataFrame([dict(rater=f"r{r}", question=f"q{c}-{k}", kind=kind, answer=yes if c % 2 else no, names=names, subject=str(c // 5), prompt=str(c % 5), number=k)
+                         for c in range(40) for k in range(10) for r in range(3)])
+
+def test_intervals_of_people_draw_cells():
+    text, overall = alike("text", "yes", "no", ("A",)), alike("overall", "A", "B", ("A", "B"))
+    row, = human_table(text, ["A"]).to_dict("records")
+    assert row["Text Human"] == 0.5 and row["Text Human n"] == 400 and row["Text Human high"] - row["Text Human low"] > 0.25
+    row, = preference_table(overall, "A").to_dict("records")
+    assert row["win rate"] == 0.5 and row["high"] - row["low"] > 0.25
+    for one in (text[text.number == 0], text.drop(columns="subject")):  # a picture a cell; nobody knows the cells: Wilson's
+        row, n = human_table(one, ["A"]).iloc[0], one.question.nunique()
+        assert (row["Text Human low"], row["Text Human high"]) == wilson(n // 2, n)
+    few = human_table(text[text.subject == "0"].query("prompt < '3'"), ["A"]).iloc[0]
+    assert np.isnan(few["Text Human low"])  # three cells are too few
+    sure = human_table(text.assign(answer="yes"), ["A"]).iloc[0]
+    assert sure["Text Human low"] < 1  # all cells alike: the bootstrap alone would be certain
 
 def test_six_raters_who_split_decide_nothing(asked):
     files = [rated(asked, f"r{k}", lambda q, k=k: {"overall": q["names"][k % len(q["names"])], "side": "pass", "pick": q["names"][k % 2 % len(q["names"])]}.get(q["kind"], "yes" if k % 2 else "no")) for k in range(6)]

@@ -227,9 +227,25 @@ def read_answers(
 # %% ../../nbs/48_benches/57_questionnaire.ipynb #41c722d9
 NOT_RUN = "not run"
 
+def _ends(
+    good: pd.Series, # by question: 1 or 0, NaN where nothing is decided
+    answers: pd.DataFrame, # to these questions
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    "The 95% interval of the mean: Wilson's; where several pictures are of one subject and prompt, no narrower than the bootstrap over these cells."
+    good, cell = good.dropna(), ["subject", "prompt"]
+    low, high = wilson(int(good.sum()), len(good))
+    cells = answers.groupby("question")[cell].first().loc[good.index] if set(cell) <= set(answers) else pd.DataFrame()
+    if not cells.duplicated().any() or cells.isna().any(axis=None): return low, high
+    _, first, last, _ = bootstrap_means(good.to_numpy(float)[:, None], resamples, derive_seed(seed, "people"), cells.groupby(cell).ngroup())[:, 0]
+    return float(np.minimum(low, first)), float(np.maximum(high, last)) # NaN for too few cells
+
 def human_table(
     answers: pd.DataFrame, # of `read_answers`
     methods, # rows, in this order
+    resamples: int = 2000,
+    seed: int = 42,
 ) -> pd.DataFrame: # Method; Text and Subject "Human", each with low, high, n
     "InstructBooth's Table 1, its two Human columns; 'not run' where nobody rated."
     rows = []
@@ -237,9 +253,10 @@ def human_table(
         row = {"Method": m}
         for kind, column in (("text", "Text Human"), ("subject", "Subject Human")):
             about = answers[(answers.kind == kind) & (answers.names.map(lambda n: n == (str(m),)) if len(answers) else False)]
-            good = majority_yes(count_answers(about)) if len(about) else []
-            low, high = wilson(k := int(sum(good)), n := len(good))
-            row |= {column: k / n if n else NOT_RUN, f"{column} low": low, f"{column} high": high, f"{column} n": n}
+            votes = count_answers(about) if len(about) else pd.DataFrame()
+            good = pd.Series(majority_yes(votes) if len(votes) else [], votes.index, dtype=float)
+            low, high = _ends(good, about, resamples, seed)
+            row |= {column: good.mean() if len(good) else NOT_RUN, f"{column} low": low, f"{column} high": high, f"{column} n": len(good)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -248,14 +265,16 @@ def preference_table(
     answers: pd.DataFrame, # of `read_answers`
     ours: str,
     kind: str = "overall", # or "side"
+    resamples: int = 2000,
+    seed: int = 42,
 ) -> pd.DataFrame: # a row a baseline: Against, ours, neither, other (shares of n), win rate, low, high, n
     "InstructBooth's Fig. 5, and the win rates of arXiv 2508.08220's user study; no rows if nobody rated."
     rows, about = [], answers[answers.kind == kind]
     for other in dict.fromkeys(n for names in about.names for n in names if ours in names and n != ours):
         part = about[about.names.map(lambda names: {ours, other} == set(names))]
-        won = [preferred(votes) for _, votes in count_answers(part).iterrows()]
-        a, b, n = won.count(ours), won.count(other), len(won)
-        low, high = wilson(a, a + b)
+        won = pd.Series({q: preferred(votes) for q, votes in count_answers(part).iterrows()}, dtype=object)
+        a, b, n = (won == ours).sum(), (won == other).sum(), len(won)
+        low, high = _ends(won.map({ours: 1.0, other: 0.0}), part, resamples, seed)
         rows.append({"Against": other, "ours": a / n, "neither": (n - a - b) / n, "other": b / n, "win rate": a / (a + b) if a + b else np.nan, "low": low, "high": high, "n": n})
     return pd.DataFrame(rows, columns=["Against", "ours", "neither", "other", "win rate", "low", "high", "n"])
 
