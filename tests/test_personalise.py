@@ -69,7 +69,8 @@ def test_words_that_cannot_name_a_subject():
     tokenizer = tiny().tokenizer
     check_words(tokenizer, SUBJECT)
     check_words(tokenizer, Subject([], "Christmas tree", "z", "light blue"))
-    for wrong, said in [(Subject([], "cup", "sks"), "2 tokens"), (Subject([], "plushie", "q"), "plu|shi|e"), (Subject([], "cup", "q", "triangular"), "'triangular'"),
+    for noun, description in (("teddy-bear", ""), ("t-shirt", ""), ("cup", "blue-and-white"), ("3D-cup", "dog's")): check_words(tokenizer, Subject([], noun, "q", description))  # hyphens spell nothing
+    for wrong, said in [(Subject([], "cup", "sks"), "2 tokens"), (Subject([], "plushie", "q"), "plu|shi|e"), (Subject([], "teddy-plushie", "q"), "'plushie'"), (Subject([], "cup", "q", "triangular"), "'triangular'"),
                         (Subject([], "cup", "cup"), "already"), (Subject([], " ", "q"), "class noun"), (Subject([], "cup", ""), "0 tokens")]:
         with pytest.raises(BoigError, match=said.replace("|", r"\|")): check_words(tokenizer, wrong)
 

@@ -9,6 +9,7 @@ __all__ = ['SUFFIXES', 'Subject', 'whole_words', 'rare_words', 'check_words', 'p
 
 # %% ../../nbs/80_personalise/80_personalise.ipynb #963e8f8a
 import json
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ def check_words(tokenizer, subject: Subject, identifier: bool = True): # whether
     parts = tokenizer.tokenize(subject.identifier)
     if identifier and len(parts) != 1: raise BoigError(f"The identifier '{subject.identifier}' is {len(parts)} tokens to this text encoder ({'|'.join(p.removesuffix('</w>') for p in parts)}). {rare}")
     if identifier and subject.identifier in f"{subject.description} {subject.noun}".split(): raise BoigError(f"The identifier '{subject.identifier}' is a word of the subject's name already. {rare}")
-    for word in f"{subject.description} {subject.noun}".split():
+    for word in re.findall(r"[^\W\d_]+", f"{subject.description} {subject.noun}"):
         parts = [p.removesuffix("</w>") for p in tokenizer.tokenize(word)]
         if len(parts) < 3: continue
         near = get_close_matches(word.lower(), whole_words(tokenizer), n=3, cutoff=0.3)
