@@ -70,6 +70,12 @@ def test_prompts():
     assert fill_prompt("A {0} {1} on a rug", "owl") == "An owl on a rug" and fill_prompt("a red {0} {1}", "owl") == "a red owl"
     assert fill_prompt("a {0} {1}", "plushie", "sks", "triangular") == "a sks triangular plushie"
 
+@pytest.mark.parametrize("template, noun, said", [
+    *[("a {0} {1}", n, f"a {n}") for n in ("unicorn", "ukulele", "uniform", "European doll", "used book", "one-eyed toy", "cup")],
+    *[("a {0} {1}", n, f"an {n}") for n in ("hourglass", "heirloom", "umbrella", "unidentified object", "Easter egg", "onesie")],
+    ("a {0} {1} beside a used book", "hat", "a hat beside a used book"), ("A {0} {1}, vitamin A is here", "owl", "An owl, vitamin A is here"), ("a photo of a {1}", "owl", "a photo of an owl")])
+def test_the_article_is_as_one_says_it_and_nothing_else_is_touched(template, noun, said): assert fill_prompt(template, noun) == said
+
 def test_action_set_is_the_papers():
     assert sum(len(actions(n)) for n in EIGHT) == 40 and len(action_table()) == 20
     for a, b in (("cat", "dog"), ("teddy bear", "monster toy"), ("wooden pot", "cup"), ("pot", "cup"), ("motorbike", "bike")): assert actions(a) == actions(b)

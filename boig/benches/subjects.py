@@ -110,6 +110,8 @@ def read_dreambench(
     return DreamBench({n: read_subject(Path(folder)/n, classes[n], live=live) for n in chosen}, prompts)
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #5d832b5b
+_AN = re.compile(r"(?!ewe|eu|one\b|uk[eu]|uni(?![dmn])|us[eu]|ute)[aeiou]|heir|honest|hono|hour", re.I) # what is said with a vowel, by and large
+
 def fill_prompt(
     template: str, # "a {0} {1} in the snow"
     noun: str,
@@ -118,8 +120,8 @@ def fill_prompt(
 ) -> str:
     "A prompt."
     words = f"{identifier} {description}".split()
-    said = " ".join(template.replace("{0}", " ".join(words)).replace("{1}", noun).split())
-    return said if words else re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", said)  # "a {0} {1}" may have become "a apple"
+    if not words and _AN.match(noun.strip()): template = re.sub(r"\b([Aa]) (?=(\{0} )?\{1})", r"\1n ", template)  # "a {0} {1}" would become "a apple"
+    return " ".join(template.replace("{0}", " ".join(words)).replace("{1}", noun).split())
 
 # %% ../../nbs/48_benches/56_subjects.ipynb #77033a99
 @lru_cache(maxsize=1)
