@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from boig.personalise.dreambooth import DreamBoothConfig, load_dreambooth, train
 from boig.personalise.instructbooth import INSTRUCT, Plainly, instruct_prompts, load_instructbooth, load_personalised, train_instructbooth
 from boig.personalise.neti import NeTI, NeTIConfig, NeTIMapper, load_neti, make_mapper, text_layers, train_neti
 from boig.personalise.textual_inversion import TextualInversionConfig, load_textual_inversion, train_textual_inversion
+from boig.scales import load_scale
 
 SMALL = dict(steps=4, every=2, lr=1e-2)
 PRIOR = dict(prior_pictures=3, prior_steps=2, prior_guidance=1.0)
@@ -510,3 +512,15 @@ def test_settings_of_the_paper():
     d, r = DreamBoothConfig(), INSTRUCT
     assert (d.lr, d.batch_size, d.beta2, d.weight_decay, d.prior_pictures, d.prior_weight) == (2e-5, 1, 0.99, 0.01, 200, 1.0)  # appendix B; a batch of 2: one subject, one class picture
     assert (r.samples, r.batch_size, r.steps, r.guidance, r.clip, r.lr, r.weight_decay, r.beta2) == (16, 8, 50, 7.5, 1e-4, 2e-5, 0.01, 0.99) and r.lora_rank > 0
+
+
+def test_the_papers_scale_uses_the_papers_settings():
+    "The experiment takes them from paper.toml, not from the classes."
+    c, a = (asdict(getattr(load_scale("paper"), n)) for n in ("instructbooth", "instructbooth_ablations"))
+    said = dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="image-reward", class_pictures=200, dreambooth_lr=2e-5, dreambooth_batch=1, rl_samples=16, rl_batch=8, rl_steps=50, guidance=7.5, rl_lr=2e-5,
+                phrases=0, each=10, dreambench_each=4, dreambench_rl="dreambench")  # sec. 4.2, 5.1, 5.3, appendices A, B, G
+    ours = dict(sampling_steps=50, fast=False, ema=0, rl_timesteps=1)  # nothing of our own recipe
+    assert {k: c[k] for k in said | ours} == said | ours and c["lora_rank"] > 0
+    assert len(c["actions_subjects"].split(",")) == 8 and (a["rare_each"], a["seeds"]) == (10, 3)
+    assert {k: v for k, v in a.items() if k in c} == {k: v for k, v in c.items() if k in a}
+    assert load_scale("paper").instructbooth_tables.asked_each == c["each"]
