@@ -3,7 +3,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_sampler import tiny
 
-from boig.core import BoigError
+from boig.core import BoigError, project_root
 from boig.diffusion.ddpo import DDPOConfig, reward_plan
 from boig.diffusion.pipeline import draw
 from boig.diffusion.sampler import sample
@@ -324,6 +323,17 @@ def test_custom_diffusion_moves_keys_values_and_the_word_only(runs):
     assert torch.allclose(pictures(load_custom_diffusion(fresh, folder), words), pictures(pipe, words), atol=1e-4)
 
 
+def test_the_lines_that_the_notebook_gives_open_custom_diffusion_in_plain_diffusers(runs):
+    trained, _, folder = runs("custom_diffusion")
+    cells = json.loads((project_root()/"nbs"/"80_personalise"/"82_custom_diffusion.ipynb").read_text(encoding="utf-8"))["cells"]
+    lines, = ["".join(c["source"]).split("```python\n")[1].split("```")[0] for c in cells if "```python" in "".join(c["source"])]
+    pipe, plain = tiny(), tiny()
+    exec(lines, {"pipe": pipe, "folder": str(folder)})
+    assert lines.count("\n") == 2 and torch.allclose(pictures(pipe, "<new1> teddy bear"), pictures(trained, "<new1> teddy bear"), atol=1e-4)
+    exec(lines.splitlines()[1], {"pipe": plain, "folder": str(folder)})
+    assert not torch.allclose(pictures(pipe, "<new1> teddy bear"), pictures(plain, "<new1> teddy bear"), atol=1e-4)  # the attention has its share
+
+
 def test_new_attention_starts_as_the_old():
     pipe = tiny()
     x, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
@@ -516,7 +526,7 @@ def test_settings_of_the_paper():
 
 def test_the_papers_scale_uses_the_papers_settings():
     "The experiment takes them from paper.toml, not from the classes."
-    c, a = (asdict(getattr(load_scale("paper"), n)) for n in ("instructbooth", "instructbooth_ablations"))
+    c, a = (dataclasses.asdict(getattr(load_scale("paper"), n)) for n in ("instructbooth", "instructbooth_ablations"))
     said = dict(base="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="image-reward", class_pictures=200, dreambooth_lr=2e-5, dreambooth_batch=1, rl_samples=16, rl_batch=8, rl_steps=50, guidance=7.5, rl_lr=2e-5,
                 phrases=0, each=10, dreambench_each=4, dreambench_rl="dreambench")  # sec. 4.2, 5.1, 5.3, appendices A, B, G
     ours = dict(sampling_steps=50, fast=False, ema=0, rl_timesteps=1)  # nothing of our own recipe

@@ -57,7 +57,7 @@ def custom_attention(unet: UNet2DConditionModel) -> dict[str, CustomDiffusionAtt
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors" # diffusers' name
 
 def save_attention(path, unet: UNet2DConditionModel) -> Path:
-    "The new keys and values, as `unet.load_attn_procs` reads them."
+    "The new keys and values, as `pipe.unet.load_attn_procs(folder, weight_name=WEIGHTS, _pipeline=pipe)` reads them; without `_pipeline` diffusers 0.42 changes nothing, in silence."
     tensors = {}
     for name, processor in unet.attn_processors.items():
         own = processor.state_dict() if isinstance(processor, CustomDiffusionAttnProcessor2_0) else {}
@@ -113,6 +113,6 @@ def load_custom_diffusion(
 ) -> StableDiffusionPipeline: # the same
     "Give a pipeline what `train_custom_diffusion` left in a folder, by diffusers' own loaders."
     check_fresh(pipe, load_subject(folder)["words"].split()[0])
-    pipe.unet.load_attn_procs(str(folder), weight_name=WEIGHTS, _pipeline=pipe)  # without _pipeline diffusers 0.42 reads the file and changes nothing
+    pipe.unet.load_attn_procs(str(folder), weight_name=WEIGHTS, _pipeline=pipe)
     pipe.load_textual_inversion(str(Path(folder)/"learned_embeds.safetensors"))
     return pipe
