@@ -8,12 +8,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from PIL import Image
 from test_sampler import tiny
 
 from boig.core import BoigError
 from boig.diffusion.ddpo import DDPOConfig
 from boig.diffusion.pipeline import as_png
+from boig.diffusion.sampler import to_ddim
 from boig.metrics.subject_fidelity import fidelity_differences
 from boig.perception.pixels import to_tensor
 from boig.personalise import compare
@@ -96,6 +98,19 @@ def test_base_and_methods_start_from_the_same_noise(lesson, protocol):
     pipe, asked = compare.load_pipeline(lesson.base), protocol.asked(protocol.data.subjects["cup"])
     one, two = (picture_rows(pipe, "cup", "cup", asked, 2, 3, **lesson.sampling) for _ in range(2))
     assert one.image.tolist() == two.image.tolist() and one.image.tolist() != picture_rows(pipe, "cup", "cup", asked, 2, 4, **lesson.sampling).image.tolist()
+
+
+def test_pictures_are_drawn_with_the_sampler_of_rl(lesson, protocol, tmp_path):
+    tiny(PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)).save_pretrained(tmp_path/"base")
+    own = replace(lesson, folder=tmp_path/"learned", base=str(tmp_path/"base"), sampling=dict(num_inference_steps=5, guidance_scale=2.0))
+    with pytest.warns(UserWarning, match="sampling with DDIM"): rows = compare_subject(own, protocol, "cup", ("dreambooth",))
+    s = protocol.data.subjects["cup"]
+    for method, (pipe, words) in {"base": (compare.load_pipeline(own.base), "cup"), "dreambooth": compare.load_personalised(own.at(s)/"dreambooth", own.base)}.items():
+        asked = (pipe, words, "cup", protocol.asked(s), 2, compare.derive_seed(own.seed, "cup"))
+        theirs, pipe.scheduler = picture_rows(*asked, **own.sampling), to_ddim(pipe.scheduler)
+        ours, kept = picture_rows(*asked, **own.sampling), rows[rows.method == method]
+        def pixels(table): return torch.stack([to_tensor(i["bytes"]) for i in table.image])
+        assert torch.equal(pixels(kept), pixels(ours)) and not torch.equal(pixels(kept), pixels(theirs))
 
 
 def test_what_is_learned_is_not_learned_again(table, lesson, protocol, monkeypatch):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'METHODS', 'action_prompts', 'Protocol', 'load_protocol', 'made', 'training_plan', 'teach',
-           'training_log', 'picture_rows', 'given_rows', 'drawing_plan', 'write_pictures', 'kept', 'Lesson',
-           'compare_subject', 'word_losses', 'judge_rows', 'picture_grid', 'claim_verdict', 'cells_to_decide']
+           'training_log', 'with_ddim', 'picture_rows', 'given_rows', 'drawing_plan', 'write_pictures', 'kept',
+           'Lesson', 'compare_subject', 'word_losses', 'judge_rows', 'picture_grid', 'claim_verdict', 'cells_to_decide']
 
 # %% ../../nbs/80_personalise/86_compare.ipynb #b157686a
 import io
@@ -23,6 +23,7 @@ from ..benches.subjects import BenchSubject, DreamBench, actions, fill_prompt, r
 from ..core import BoigError, atomic_path, closest, derive_seed, digest, fingerprint, same_run, sha256_file, write_json
 from ..diffusion.ddpo import Run, reward_plan
 from ..diffusion.pipeline import as_png, draw, load_pipeline
+from ..diffusion.sampler import to_ddim
 from ..metrics.subject_fidelity import action_shown, score_pictures
 from ..perception.detector import detect
 from ..perception.pixels import open_rgb, to_tensor
@@ -149,6 +150,11 @@ def training_log(folder) -> pd.DataFrame: # as of its training
     return pd.read_csv(next(p for p in (folder/"rl"/"log.csv", folder/"log.csv") if p.is_file()))
 
 # %% ../../nbs/80_personalise/86_compare.ipynb #a5ff01a5
+def with_ddim(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline: # the same
+    "A pipeline with the sampler that RL trains with."
+    pipe.scheduler = to_ddim(pipe.scheduler)
+    return pipe
+
 def picture_rows(
     pipe: StableDiffusionPipeline,
     words: str, # for the subject: "q teddy bear"
@@ -239,7 +245,7 @@ def compare_subject(
             own = place/(f"instructbooth-{protocol.trained or protocol.name}" if method == "instructbooth" else method)
             pipe, words = teach(method, subject, own, lesson.configs[method], lesson.base, place/"class", **rl)
         model = ", ".join(filter(None, [Path(lesson.base).name, METHODS.get(method)]))
-        return picture_rows(pipe, words, s.noun, asked, lesson.each, seed, model, **how)
+        return picture_rows(with_ddim(pipe), words, s.noun, asked, lesson.each, seed, model, **how)
     def table(method):
         plan = {"base": lesson.base} if method == "base" else training_plan(method, subject, lesson.configs[method], lesson.base, **rl)
         return kept(place/f"{protocol.name}-{method}.parquet", lambda: drawn(method), plan | drawing_plan(asked, lesson.each, seed, how))
