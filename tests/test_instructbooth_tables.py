@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from test_sampler import tiny
 
@@ -111,6 +111,19 @@ def test_pictures_are_drawn_with_the_sampler_of_rl(lesson, protocol, tmp_path):
         ours, kept = picture_rows(*asked, **own.sampling), rows[rows.method == method]
         def pixels(table): return torch.stack([to_tensor(i["bytes"]) for i in table.image])
         assert torch.equal(pixels(kept), pixels(ours)) and not torch.equal(pixels(kept), pixels(theirs))
+
+
+def test_pictures_are_drawn_so_many_at_once(lesson, protocol, tmp_path, monkeypatch):
+    sizes, real = [], StableDiffusionPipeline.__call__
+    def counted(pipe, prompts, **how):
+        sizes.append(len(prompts))
+        return real(pipe, prompts, **how)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    all_, three = (compare_subject(replace(lesson, folder=tmp_path/str(n), draw_batch=n), protocol, "cup", ()) for n in (32, 3))
+    assert sizes == [4, 3, 1]
+    a, b = (torch.stack([to_tensor(i["bytes"]) for i in t[t.method == "base"].image]) for t in (all_, three))
+    assert torch.allclose(a, b, atol=2 / 255)  # a last bit may round the other way
+    with pytest.raises(BoigError, match="another pictures at once"): compare_subject(replace(lesson, folder=tmp_path/"3"), protocol, "cup", ())
 
 
 def test_what_is_learned_is_not_learned_again(table, lesson, protocol, monkeypatch):

@@ -163,6 +163,7 @@ def picture_rows(
     each: int = 4, # pictures of a prompt
     seed: int = 0,
     model: str = "", # its name in the pictures' records; "" = the pipeline's own
+    batch_size: int = 32, # pictures at once
     **sampling, # num_inference_steps, guidance_scale
 ) -> pd.DataFrame: # a row a picture: asked's columns, prompt, asked, number, image
     "Draw what is asked of a subject."
@@ -170,7 +171,7 @@ def picture_rows(
     rows["prompt"] = [fill_prompt(t, noun) for t in rows.template]
     rows["asked"] = rows.prompt if words == noun else [" ".join(t.replace("{0}", "").replace("{1}", words).split()) for t in rows.template]
     rows["number"] = rows.groupby("template", sort=False).cumcount()
-    pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), **sampling)
+    pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), batch_size, **sampling)
     return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i, **sampling), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
 
 def _pixels(file, longest: int = 1024) -> bytes: # of a PNG
@@ -194,9 +195,10 @@ def drawing_plan(
     each: int,
     seed: int,
     sampling: dict,
+    batch_size: int = 32, # a number's last bits depend on it
 ) -> dict:
     "What `picture_rows` draws follows from this, and from the pipeline: names as there."
-    return {"templates asked": list(asked.template), "pictures of a prompt": each, "seed of the pictures": seed, "sampling": sampling}
+    return {"templates asked": list(asked.template), "pictures of a prompt": each, "seed of the pictures": seed, "sampling": sampling, "pictures at once": batch_size}
 
 def write_pictures(path, table: pd.DataFrame):
     "A table with pictures as parquet, in small groups of rows: pandas cannot read one with more than 2 GB of them."
@@ -225,6 +227,7 @@ class Lesson:
     sampling: dict | None = None # of the pictures
     each: int = 4 # pictures of a prompt
     seed: int = 0
+    draw_batch: int = 32 # pictures drawn at once
 
     def at(self, subject: BenchSubject) -> Path: # the same for the same pictures and words, whatever the protocol
         return Path(self.folder)/f"{subject.name}-{digest([subject.noun, subject.description, *(sha256_file(p) for p in subject.pictures)], 6)}"
@@ -245,10 +248,10 @@ def compare_subject(
             own = place/(f"instructbooth-{protocol.trained or protocol.name}" if method == "instructbooth" else method)
             pipe, words = teach(method, subject, own, lesson.configs[method], lesson.base, place/"class", **rl)
         model = ", ".join(filter(None, [Path(lesson.base).name, METHODS.get(method)]))
-        return picture_rows(with_ddim(pipe), words, s.noun, asked, lesson.each, seed, model, **how)
+        return picture_rows(with_ddim(pipe), words, s.noun, asked, lesson.each, seed, model, lesson.draw_batch, **how)
     def table(method):
         plan = {"base": lesson.base} if method == "base" else training_plan(method, subject, lesson.configs[method], lesson.base, **rl)
-        return kept(place/f"{protocol.name}-{method}.parquet", lambda: drawn(method), plan | drawing_plan(asked, lesson.each, seed, how))
+        return kept(place/f"{protocol.name}-{method}.parquet", lambda: drawn(method), plan | drawing_plan(asked, lesson.each, seed, how, lesson.draw_batch))
     tables = {"reference": given_rows(s.pictures, s.noun)} | {m: table(m) for m in ("base", *methods)}
     return pd.concat([t.assign(protocol=protocol.name, subject=name, noun=s.noun, method=m) for m, t in tables.items()], ignore_index=True)
 
