@@ -197,6 +197,7 @@ class InstructBoothScale:
     draw_batch: int # of them drawn at once
     guidance: float # classifier-free, everywhere
     precision: str # of the denoiser's arithmetic in training
+    gradient_checkpointing: bool # less memory, more time, same result
     checkpoint_every: int # steps
     class_pictures: int # drawn for prior preservation
     class_steps: int # denoising steps of them
@@ -216,6 +217,7 @@ class InstructBoothScale:
     rl_epochs: int # of InstructBooth's second stage
     rl_samples: int # pictures of an epoch
     rl_batch: int # pictures of an update
+    rl_micro_batch: int # paths at once: less memory if smaller, same result
     rl_steps: int # denoising steps of them
     rl_timesteps: float # share of the random steps that are trained
     rl_lr: float
@@ -250,6 +252,7 @@ class InstructAblationsScale:
     draw_batch: int
     guidance: float
     precision: str
+    gradient_checkpointing: bool
     checkpoint_every: int
     class_pictures: int
     class_steps: int
@@ -275,6 +278,7 @@ class InstructAblationsScale:
     rl_epochs: int # as in [instructbooth]; so are all up to lora_rank
     rl_samples: int
     rl_batch: int
+    rl_micro_batch: int
     rl_steps: int
     rl_timesteps: float
     rl_lr: float
@@ -418,7 +422,7 @@ AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 
             "sampling_steps": 1, "guidance": 0, "epochs": 1, "samples": 1, "micro_batch": 1, "learning_rate_full": 0, "sft_epochs": 1, "sft_look_every": 1, "sft_batch_size": 1,
             "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0,
             "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
-            "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "draw_batch": 1, "asked_each": 1, "grid_each": 1,
+            "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_micro_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "draw_batch": 1, "asked_each": 1, "grid_each": 1,
             "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
             "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "clip_micro": 0, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1,
             "dreambooth_batch": 1, "custom_batch": 1, "inversion_batch": 1, "neti_batch": 1, "dreambooth_lr": 0, "custom_lr": 0, "inversion_lr": 0, "neti_lr": 0, "rl_lr": 0, "rl_lr_full": 0, "grid_subjects": 1,

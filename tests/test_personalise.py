@@ -531,6 +531,7 @@ def test_the_papers_scale_uses_the_papers_settings():
                 phrases=0, each=10, dreambench_each=4, dreambench_rl="dreambench")  # sec. 4.2, 5.1, 5.3, appendices A, B, G
     ours = dict(sampling_steps=50, fast=False, ema=0, rl_timesteps=1)  # nothing of our own recipe
     assert {k: c[k] for k in said | ours} == said | ours and c["lora_rank"] > 0
+    assert c["rl_micro_batch"] < c["rl_batch"] and c["draw_batch"] < 32  # changes no result, but a GPU's memory ends
     assert len(c["actions_subjects"].split(",")) == 8 and (a["rare_each"], a["seeds"]) == (10, 3)
     assert {k: v for k, v in a.items() if k in c} == {k: v for k, v in c.items() if k in a}
     assert load_scale("paper").instructbooth_tables.asked_each == c["each"]
