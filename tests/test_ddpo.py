@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from test_sampler import tiny
 
 from boig.core import BoigError
@@ -239,6 +240,22 @@ def test_the_adapter_is_loaded_by_diffusers_and_by_name(tmp_path):
     with pytest.raises(BoigError, match="which pipeline they belong to"): load_pipeline(str(tmp_path/"adapter"), "cpu")
     with pytest.raises(BoigError, match="no pipeline"): load_pipeline(str(tmp_path), "cpu")
     with pytest.raises(BoigError, match="load a fresh one"): train(tmp_path/"b", dataclasses.replace(SMALL, lora_rank=2), pipe)
+
+
+def test_a_compiled_denoiser_saves_what_others_can_load(tmp_path):
+    "torch.compile puts a prefix before every name, which no other pipeline has."
+    pipe = tiny()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    train(tmp_path, dataclasses.replace(SMALL, lora_rank=2, epochs=1), pipe)
+    names = list(load_file(file := tmp_path/"adapter"/"pytorch_lora_weights.safetensors"))
+    tiny().save_pretrained(tmp_path/"base")
+    loaded, base = load_pipeline(str(tmp_path/"adapter"), "cpu", base=str(tmp_path/"base")), load_pipeline(str(tmp_path/"base"), "cpu")
+    mine, theirs, untouched = (sample(p, PROMPTS, [1, 2, 3], steps=3).images for p in (pipe, loaded, base))
+    assert len(names) > 10 and not [n for n in names if "_orig_mod" in n]
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert (mine - untouched).abs().max() > 1e-4
+    save_file({n.replace("down_blocks", "elsewhere"): x for n, x in load_file(file).items()}, file)
+    with pytest.raises(BoigError, match="LoRA weights belong to no layer.*elsewhere"): load_pipeline(str(tmp_path/"adapter"), "cpu", base=str(tmp_path/"base"))
 
 
 @pytest.mark.parametrize("lora", [0, 2])

@@ -28,7 +28,7 @@ from ..benches.instructions import SPECS, desired
 from ..core import BoigError, atomic_path, closest, derive_seed, digest, fingerprint
 from ..data.verbalization import Verbalization, parse
 from ..data.world import Context, accounts, expected, load_sprites
-from ..diffusion.pipeline import as_png, draw, load_pipeline
+from ..diffusion.pipeline import add_lora, as_png, draw, load_pipeline
 from ..diffusion.sampler import sample, step_policy, to_ddim
 from ..metrics.fid import FeatureStatistics, distance, frechet_distance
 from ..metrics.verbalization_metrics import bootstrap_means
@@ -295,7 +295,7 @@ def load_tuned(
     if not str(file): return pipe
     if not Path(file).is_file(): raise BoigError(f"There are no trained weights '{file}'.")
     weights = load_file(file)
-    try: pipe.load_lora_weights(weights) if any("lora" in k for k in weights) else pipe.unet.load_state_dict(weights)
+    try: add_lora(pipe, weights) if any("lora" in k for k in weights) else pipe.unet.load_state_dict(weights)
     except (RuntimeError, ValueError) as e: raise BoigError(f"'{file}' does not belong to {base}: {str(e).splitlines()[0]}") from None
     return pipe
 

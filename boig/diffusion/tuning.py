@@ -203,7 +203,8 @@ def save_result(run: Tuning) -> Path: # folder/pipeline or folder/adapter
         if run.accelerator.is_main_process:
             with scratch(run.folder/name) as tmp:
                 if run.config.lora_rank:
-                    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name=run.adapter))
+                    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)  # of a compiled denoiser, whose own names nobody else knows
+                    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=run.adapter))
                     pipe.save_lora_weights(f"{tmp}/new", unet_lora_layers=layers)
                 else: pipe.save_pretrained(f"{tmp}/new")
                 shutil.rmtree(run.folder/name, ignore_errors=True)
