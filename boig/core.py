@@ -63,10 +63,11 @@ def seed_everything(seed: int):
 def get_device(
     name: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ): # torch.device
-    "The torch device called `name`, or the best one for 'auto'; BoigError if it is not there."
+    "The torch device called `name`, or the best one for 'auto'; of several processes each takes the GPU of its own number. BoigError if it is not there."
     import torch
     have_cuda, have_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto": name = "cuda" if have_cuda else "mps" if have_mps else "cpu"
+    if name == "cuda" and have_cuda and 0 <= (rank := int(os.environ.get("LOCAL_RANK", -1))) < torch.cuda.device_count(): name = f"cuda:{rank}"
     kind = name.split(":")[0]
     if kind not in ("cpu", "cuda", "mps"): raise closest(name, ["auto", "cpu", "cuda", "mps"], "device")
     try: device = torch.device(name)

@@ -152,7 +152,8 @@ class Shifted(torch.nn.Module):
 def test_divergence_of_a_shifted_denoiser_is_the_closed_form():
     pipe, δ = tiny(), 0.1
     pipe.scheduler = to_ddim(pipe.scheduler)
-    base, steps = pipe.unet, make_steps(pipe.scheduler, 4)
+    base, steps, moved = pipe.unet, make_steps(pipe.scheduler, 4), []
+    base.to = lambda device, to=base.to: moved.append(device) or to(device)
     assert divergence(pipe, base, ["a cat"], [1], 4, 1.0) == 0
     pipe.unet = Shifted(base, δ)
     s = steps.next_signal, steps.noise, steps.signal, steps.direction
@@ -161,6 +162,7 @@ def test_divergence_of_a_shifted_denoiser_is_the_closed_form():
     chance = steps.sigma > 0
     want = (((slope * δ / steps.sigma)**2 / 2)[chance]).sum().item() * size
     assert divergence(pipe, base, ["a cat", "a dog"], [1, 2], 4, 1.0) == pytest.approx(want, rel=1e-3)
+    assert moved == [pipe.device] * 2 # a training on another GPU moves the pipeline, not the copy that was made before
 
 
 def test_diversity_by_hand():

@@ -113,6 +113,17 @@ def test_a_device_that_is_not_there_is_an_error(monkeypatch):
     assert get_device("cuda:0").index == 0 and get_device("cuda").type == "cuda"
     with pytest.raises(BoigError, match="sees only 1"): get_device("cuda:5")
 
+def test_of_several_processes_each_takes_its_own_gpu(monkeypatch):
+    "As accelerate and torchrun number them."
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert get_device("auto").index is get_device("cuda").index is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert get_device("auto").index == get_device("cuda").index == 1 and get_device("cuda:0").index == 0 and get_device("cpu").type == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2") # more processes than GPUs
+    assert get_device("auto").index is None
+
 
 def test_a_digest_is_of_all_that_a_value_holds(tmp_path):
     assert digest({"a": 1, "folder": tmp_path, "n": np.float32(0.1), "day": datetime.date(2026, 1, 2)}) == digest({"a": 1, "folder": str(tmp_path), "n": "0.1", "day": "2026-01-02"})

@@ -450,6 +450,17 @@ def test_rewards_in_a_thread_change_nothing(tmp_path):
     with pytest.raises(BoigError, match="has the shape"): train(tmp_path/"c", dataclasses.replace(SMALL, overlap=True), reward=lambda images, *a: images.mean())
 
 
+def test_the_thread_of_rewards_works_on_the_gpu_of_the_training(monkeypatch):
+    "A new thread of torch begins on the first GPU."
+    import threading
+    from boig.diffusion.ddpo import _thread
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((device, threading.get_ident())))
+    with _thread(torch.device("cuda", 1)) as thread: assert seen == [(torch.device("cuda", 1), thread.submit(threading.get_ident).result())]
+    with _thread(torch.device("cpu")) as thread: thread.submit(int).result()
+    assert len(seen) == 1
+
+
 def test_checkpointing_plays_blocks_twice(tmp_path):
     "Or the option would do nothing."
     calls = {}

@@ -192,7 +192,7 @@ def divergence(
     guidance: float = 5.0,
 ) -> float: # nats a path, all steps with η = 1
     "How far a model's paths are from what the base would have done (KL, as in DPOK)."
-    paths, total = sample(pipe, prompts, seeds, steps, guidance, 1.0), 0
+    paths, total, base = sample(pipe, prompts, seeds, steps, guidance, 1.0), 0, base.to(pipe.device)
     for i in (paths.steps.sigma > 0).nonzero().flatten().tolist():
         (new, sigma), (old, _) = (step_policy(u, paths.steps, i, paths.latents[:, i], paths.states, paths.empty, guidance) for u in (pipe.unet, base))
         total = total + (((new - old) / sigma)**2 / 2).sum((1, 2, 3))

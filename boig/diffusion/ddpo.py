@@ -304,6 +304,10 @@ def mend(paths: Trajectories) -> tuple[Trajectories, torch.Tensor]: # bool [B]: 
     return replace(paths, kept=(), **clean), bad.cpu()
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #4f895c82
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    "One thread that works on this GPU: a new one would begin on the first, wherever its process is."
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else ThreadPoolExecutor(1)
+
 def collect(
     run: Run,
     prompts: list[str], # of the epoch's pictures
@@ -316,7 +320,7 @@ def collect(
     "Draw this process's share of the pictures of some updates and ask what all of them are worth."
     c, a, updates, asked = run.config, run.accelerator, [], []
     numbers = torch.arange(c.samples).view(-1, c.batch_size)[which if which is not None else slice(None)]
-    with run.together(), ThreadPoolExecutor(1) if c.overlap else nullcontext() as thread:
+    with run.together(), _thread(run.device) if c.overlap else nullcontext() as thread:
         for u, own in enumerate(numbers[:, a.process_index::a.num_processes]):
             updates.append([])
             for part in own.split(c.micro_batch):
