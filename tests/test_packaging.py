@@ -38,6 +38,11 @@ def test_every_requirement_has_a_pin_that_satisfies_it(wanted):
     assert len(found) == 1, f"{wanted.name} has {len(found)} pins in constraints.txt"
     assert wanted.specifier.contains(str(found[0].specifier).removeprefix("=="), prereleases=True)
 
+def test_diffusers_is_new_enough_for_its_dtype():
+    "Before 0.40 a pipeline's `dtype=` reached transformers' models only, without a word: `load_pipeline` would mix precisions."
+    wanted, = (r for r in requirements() if r.name == "diffusers")
+    assert not wanted.specifier.contains("0.39.0") and wanted.specifier.contains("0.40.0")
+
 def test_environment_follows_settings():
     env = environment()
     conda = [d for d in env["dependencies"] if isinstance(d, str)]
