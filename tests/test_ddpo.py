@@ -355,6 +355,17 @@ for name, more in (("watched", dict(watch=watch)), ("log.csv", {{}}), ("pipeline
     assert (tmp_path/"fine"/"pipeline"/"model_index.json").is_file() and not (tmp_path/"watched"/"pipeline").exists()
 
 
+def test_processes_that_see_other_folders_do_not_go_on(tmp_path):
+    "Only the first writes checkpoints: on disks of their own the others would begin anew, and the sum of both would be nonsense."
+    train(tmp_path/"0", dataclasses.replace(PAIR, epochs=1))
+    both = two_processes(f"""
+import os, dataclasses
+try: t.train({str(tmp_path)!r} + "/" + os.environ["RANK"], t.PAIR)
+except t.BoigError as e: print("refused:", e, file=sys.stderr)""")
+    said = [p.communicate(timeout=600)[1] for p in both]
+    assert all("refused: The processes of this run find checkpoints of 0 to 1 epochs: all must see the same folder" in s for s in said)
+
+
 def test_a_reward_that_fails_on_one_prompt_teaches_nothing_about_it(tmp_path):
     "The fast recipe makes an update of each prompt's pictures: one whose reward always fails is left out, the others teach; an epoch without any reward is an error."
     config = DDPOConfig.fast(epochs=1, samples=8, batch_size=4, group=4, steps=4, window=2, guidance=2.0, lr=1e-3, tracker="", micro_batch=4)

@@ -171,9 +171,15 @@ def save_run(run: Tuning, **more):
     write_csv(run.folder/"log.csv", pd.DataFrame(run.log))
 
 def load_run(run: Tuning) -> dict: # what `save_run` was given; empty if the run is new
-    "Go on where the folder's run was, if there is one."
-    if not (path := run.folder/"checkpoint.pt").exists(): return {}
-    state = torch.load(path, map_location="cpu", weights_only=True)  # a second copy on the GPU may be one too many
+    "Go on where the folder's run was, if there is one; BoigError unless all processes find the same."
+    state = _read_run(run) if (run.folder/"checkpoint.pt").exists() else {}
+    epochs = run.accelerator.gather(torch.tensor([len(run.log)], device=run.device)).unique().tolist()
+    if len(epochs) > 1: raise BoigError(f"The processes of this run find checkpoints of {epochs[0]} to {epochs[-1]} epochs: all must see the same folder. '{run.folder}' seems to be on a disk that each machine has for itself; take a shared one.")
+    return state
+
+def _read_run(run: Tuning) -> dict: # what `save_run` was given
+    "Put the folder's checkpoint in place."
+    state = torch.load(run.folder/"checkpoint.pt", map_location="cpu", weights_only=True)  # a second copy on the GPU may be one too many
     for p, weight in zip(run.params + run.average, state["weights"] + state["average"], strict=True): p.data.copy_(weight)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
