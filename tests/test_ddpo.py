@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,17 @@ def test_score_keeps_the_good_ones():
     assert integers.tolist() == [1, 2] and integers.dtype == torch.float32 and not problem
     for bad in (lambda i, p, c: i.mean(), lambda i, p, c: torch.zeros(len(i), 1), lambda i, p, c: torch.zeros(5)):
         with pytest.raises(BoigError, match="has the shape"): score(bad, torch.rand(2, 3, 4, 4), ["a", "b"])
+
+
+def test_a_failed_batch_leaves_its_memory_before_its_pictures_are_asked_one_by_one():
+    "Or what did not fit in would still be there."
+    held = []
+    def reward(images, prompts, context):
+        if len(images) == 1: return images.mean((1, 2, 3)) + (held[0]() is not None)
+        work = images * 2
+        held.append(weakref.ref(work))
+        raise RuntimeError("out of memory")
+    assert score(reward, torch.zeros(3, 3, 4, 4), list("abc"))[0].tolist() == [0, 0, 0]
 
 
 def test_failing_rewards_are_reported_and_do_not_train(tmp_path):

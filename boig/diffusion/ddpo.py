@@ -98,9 +98,11 @@ def score(
     context: dict | None = None,
 ) -> tuple[torch.Tensor, str]: # [B] float32 on the CPU, NaN where the reward failed; what went wrong first, or ""
     "What each picture is worth."
+    problem = ""
     try: r = reward(images, prompts, context)
-    except Exception as error:
-        if len(images) == 1: return torch.full((1,), torch.nan), f"{type(error).__name__}: {error}"
+    except Exception as error: problem = f"{type(error).__name__}: {error}" # its words only: its traceback would hold the failed batch's memory while the pictures are asked one by one
+    if problem:
+        if len(images) == 1: return torch.full((1,), torch.nan), problem
         parts = [score(reward, images[k:k + 1], prompts[k:k + 1], context) for k in range(len(images))]
         return torch.cat([p for p, _ in parts]), next((problem for _, problem in parts if problem), "")
     try: r = torch.as_tensor(r).detach().float().cpu()
