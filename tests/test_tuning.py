@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, register_tracker_class
 from diffusers import StableDiffusionPipeline
 from test_sampler import tiny
@@ -74,12 +75,24 @@ def test_a_tracker_is_told_each_epoch(tmp_path, monkeypatch, tracker):
 @pytest.mark.parametrize("launched", [False, True])
 def test_processes_take_a_gpu_each_and_one_alone_stays_where_the_pipeline_lies(tmp_path, monkeypatch, launched):
     asked = []
-    def accelerator(cpu, **_): return asked.append(cpu) or SimpleNamespace(distributed_type="MULTI_GPU" if launched else "NO", num_processes=3, device=torch.device("meta"))
+    def accelerator(cpu, **_): return asked.append(cpu) or SimpleNamespace(distributed_type="MULTI_GPU" if launched else "NO", mixed_precision="no", num_processes=3, device=torch.device("meta"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "Accelerator", accelerator)
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, **_: None) # it knows no "meta"
     run = Tuning(tiny(), tmp_path, SMALL, {})
     assert asked == [False] and run.device.type == run.pipe.unet.device.type == ("meta" if launched else "cpu")
+
+
+def test_accelerate_started_for_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    try:
+        with pytest.raises(BoigError, match="set precision='bf16'"): Tuning(tiny(), tmp_path, SMALL, {})
+        assert Tuning(tiny(), tmp_path, dataclasses.replace(SMALL, precision="bf16"), {}).half == torch.bfloat16
+    finally: AcceleratorState._reset_state()
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        started = SimpleNamespace(distributed_type=kind, mixed_precision="no", num_processes=2)
+        with pytest.raises(BoigError, match=f"started with {kind.value}.*plain multi-GPU"): tuning.check_launch(started, SMALL)
 
 
 def test_averaged_puts_everything_back_after_an_error():
