@@ -16,7 +16,7 @@ from test_sft import SMALL, train, weights
 
 from boig.core import BoigError, fingerprint
 from boig.diffusion import tuning
-from boig.diffusion.tuning import Tuning, averaged
+from boig.diffusion.tuning import Tuning, averaged, step
 
 
 class Notes(GeneralTracker):
@@ -93,6 +93,29 @@ def test_accelerate_started_for_something_else_is_refused(tmp_path, monkeypatch)
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         started = SimpleNamespace(distributed_type=kind, mixed_precision="no", num_processes=2)
         with pytest.raises(BoigError, match=f"started with {kind.value}.*plain multi-GPU"): tuning.check_launch(started, SMALL)
+
+
+def one_step(grads, scale=None, ema=0.0, **settings):
+    "A run of one number for each gradient, after a step of SGD with a learning rate of 1; `scale`: of fp16."
+    p = torch.nn.Parameter(torch.ones(len(grads)))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    run = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), params=[p], average=[torch.ones(len(grads))], bad=0, scaler=scaler,
+                          optimizer=torch.optim.SGD([p], lr=1.0), config=dataclasses.replace(SMALL, ema=ema, **settings))
+    scaler.scale((p * torch.tensor(grads)).sum()).backward()
+    return run, step(run)
+
+
+def test_gradients_are_clipped_or_not():
+    run, norm = one_step([3.0, 4.0], grad_clip=0.1)
+    torch.testing.assert_close(run.params[0].data, torch.tensor([1 - 0.06, 1 - 0.08]))
+    assert norm == 5
+    run, norm = one_step([3.0, 4.0], grad_clip=0.0)
+    assert run.params[0].tolist() == [-2, -3] and norm == 5
+
+
+@pytest.mark.parametrize("wrong", [dict(lr=0.0), dict(lr=-1e-4), dict(lr=float("nan")), dict(grad_clip=-1.0)], ids=str)
+def test_steps_that_lead_nowhere_are_refused(wrong):
+    with pytest.raises(BoigError, match="lr must be above 0, and grad_clip at least 0"): Tuning.check(tiny(), dataclasses.replace(SMALL, **wrong))
 
 
 def test_averaged_puts_everything_back_after_an_error():

@@ -34,7 +34,7 @@ class TuningConfig:
     lr: float = 1e-5 # of AdamW
     weight_decay: float = 1e-2
     beta2: float = 0.999 # of AdamW; β₁ is 0.9
-    grad_clip: float = 1.0 # norm
+    grad_clip: float = 1.0 # norm; 0: none
     lora_rank: int = 0 # 0: the whole denoiser
     ema: float = 0.0 # decay per update of a running average, which becomes the result; 0: none
     precision: str = "no" # or "bf16", "fp16": of the arithmetic; all weights stay in single precision, for rounded ones would be saved
@@ -134,6 +134,7 @@ class Tuning:
         if not isinstance(pipe, StableDiffusionPipeline): raise BoigError(f"Training needs a StableDiffusionPipeline, not {type(pipe).__name__}.")
         check_choice(config, "precision", ("no", "bf16", "fp16"))
         if config.lora_rank < 0 or not 0 <= config.ema < 1: raise BoigError("lora_rank must be at least 0, and ema lie in [0, 1).")
+        if not config.lr > 0 or not config.grad_clip >= 0: raise BoigError("lr must be above 0, and grad_clip at least 0 (0: none).")
         find_tracker(config.tracker)
 
     @classmethod
@@ -161,7 +162,7 @@ def step(
     if run.accelerator.num_processes > 1:
         for p in run.params: p.grad = run.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)  # none where a process had no share
     run.scaler.unscale_(run.optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.params, run.config.grad_clip))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.params, run.config.grad_clip or math.inf))
     run.bad = 0 if math.isfinite(norm) else run.bad + 1  # the same in every process
     if run.bad: warnings.warn(f"{of} is left out: its gradient is no finite number.", stacklevel=2)
     if run.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or precision 'no'.")
