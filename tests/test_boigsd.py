@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import t as student
 from test_boig_reward import looker, tiny as tiny_llm
 from test_sampler import tiny
 from transformers import LlamaConfig
@@ -275,7 +276,13 @@ def test_jackknife_of_a_mean_is_the_textbook_interval():
     x = np.random.default_rng(0).normal(size=FOLDS)
     folds = np.array([x.mean(), *[np.delete(x, j).mean() for j in range(FOLDS)]])
     value, low, high = jackknife(folds)
-    assert value == x.mean() and (high - low) / 2 == pytest.approx(1.96 * x.std(ddof=1) / FOLDS**0.5)
+    assert value == x.mean() and (high - low) / 2 == pytest.approx(student.ppf(0.975, FOLDS - 1) * x.std(ddof=1) / FOLDS**0.5)
+
+
+def test_jackknife_covers_95_percent():
+    x = np.random.default_rng(0).normal(size=(5000, FOLDS))
+    ends = [jackknife(np.array([row.mean(), *(row.sum() - row) / (FOLDS - 1)]))[1:] for row in x]
+    assert 0.94 < np.mean([low <= 0 <= high for low, high in ends]) < 0.96
 
 
 def test_fid_folds():

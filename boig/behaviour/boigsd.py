@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from scipy.stats import t as student
 
 from .evaluate import KPI_ORDER
 from .reward import BoigReward, load_boig
@@ -364,5 +365,5 @@ def fid_folds(
 
 def jackknife(folds: np.ndarray) -> tuple[float, float, float]: # value, and the ends of its 95% interval
     "The interval of what `fid_folds` gives, or of a difference of two of them."
-    spread = 1.96 * math.sqrt((FOLDS - 1) / FOLDS * ((folds[1:] - folds[1:].mean())**2).sum())
+    spread = student.ppf(0.975, FOLDS - 1) * math.sqrt((FOLDS - 1) / FOLDS * ((folds[1:] - folds[1:].mean())**2).sum())
     return float(folds[0]), float(folds[0] - spread), float(folds[0] + spread)
