@@ -140,12 +140,16 @@ def resolve(
 HUB_LOG = "BOIG_HUB_LOG" # a variable of the environment: the file that collects what came from the hub, a JSON object a line
 
 def _from_hub(ref: str, only=()) -> Path:
-    "A snapshot of a hub repository: what roles.toml takes of it, else configuration, tokenizer and safetensors; no pickles."
+    "A snapshot of a hub repository: what roles.toml takes of it, else configuration, tokenizer and safetensors, each once; no pickles."
     from huggingface_hub import snapshot_download
     roles = tomllib.loads(files("boig").joinpath("roles.toml").read_text(encoding="utf-8"))["paper"]
     repo, _, revision = ref.partition("@")
-    used = next((r["files"] for r in roles if r.get("hub") == repo), ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
-    try: folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(only) or used)) # named by its commit
+    used = list(only) or next((r["files"] for r in roles if r.get("hub") == repo), None)
+    def fetch(**which): return Path(snapshot_download(repo, revision=revision or None, **which)) # named by its commit
+    try:
+        # a pipeline's weights lie in its parts' folders; files beside its index are all of them again, in one
+        weights = "*.safetensors" if used or not (fetch(allow_patterns=[index := "model_index.json"])/index).is_file() else "*/*.safetensors"
+        folder = fetch(allow_patterns=used) if used else fetch(allow_patterns=["*.json", weights, "*.txt", "*.model", "*.jinja"], ignore_patterns=["*.fp16[.-]*", "*non_ema*"])
     except Exception as e:
         raise BoigError(f"Could not get '{ref}' from the Hugging Face hub ({type(e).__name__}). It needs a network, and for gated "
                         "models an accepted licence and HF_TOKEN; or pass a local folder.") from e

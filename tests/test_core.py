@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from boig import core, zoo
 from boig.core import BoigError, atomic_path, derive_seed, digest, get_device, provenance, write_text
@@ -191,10 +192,29 @@ def test_no_network_is_one_clear_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+STABLE = """model_index.json v1-5-pruned.safetensors v1-5-pruned-emaonly.safetensors v1-5-pruned.ckpt unet/config.json unet/diffusion_pytorch_model.safetensors
+unet/diffusion_pytorch_model.fp16.safetensors unet/diffusion_pytorch_model.non_ema.safetensors vae/diffusion_pytorch_model.bin tokenizer/merges.txt""".split()
+LLM = "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.fp16-00001-of-00002.safetensors pytorch_model.bin tokenizer.model".split()
+
+@pytest.mark.parametrize("there, wanted", [(STABLE, "model_index.json unet/config.json unet/diffusion_pytorch_model.safetensors tokenizer/merges.txt"),
+                                           (LLM, "config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors tokenizer.model")], ids=["pipeline", "model"])
+def test_of_a_hub_repository_each_weight_is_fetched_once(tmp_path, monkeypatch, there, wanted):
+    "Not in half precision again, nor all in one file again."
+    def fetch(repo, revision, **which):
+        for name in filter_repo_objects(there, **which):
+            (tmp_path/"snapshot"/name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path/"snapshot"/name).touch()
+        return str(tmp_path/"snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
+    folder = zoo.resolve("them/model")
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == set(wanted.split())
+
+
 def test_a_hub_model_is_asked_for_at_its_commit_and_what_came_is_noted(tmp_path, monkeypatch):
     asked = []
-    def fetch(repo, revision, allow_patterns):
-        asked.append((repo, revision))
+    def fetch(repo, revision, allow_patterns, **_):
+        if allow_patterns != ["model_index.json"]: asked.append((repo, revision))
         return str(tmp_path/"snapshots"/(revision or "f00d"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.setenv("BOIG_CACHE", str(tmp_path))
