@@ -52,6 +52,22 @@ def by_hand(model, tok, question, text, with_prompt=False):
     with torch.no_grad(): return torch.stack([model(torch.tensor([full[:t]])).logits[0, -1].log_softmax(-1)[full[t]] for t in range(first, len(full))])
 
 
+def test_settings_tell_the_language_model_and_the_verbalizer(pocket):
+    "A run must not go on with another one; what the verbalizer has counted is no setting."
+    class Looker:
+        def __init__(self, threshold): self.threshold, self.counts = threshold, 0
+        def __call__(self, images): self.counts += len(images); return looker(images)
+        def describe(self): return {"objects": self.threshold, "counts": self.counts}
+    model, tok = pocket
+    other = copy.deepcopy(model)
+    with torch.no_grad(): next(other.parameters()).mul_(-1)
+    one, more = (BoigReward(m, tok, BOIGBENCH, Looker(0.5), WISH) for m in (model, other))
+    first = one.settings
+    one(pictures(0.2), ["a red shoe"], GIVEN)
+    assert first == one.settings == BoigReward(model, tok, BOIGBENCH, Looker(0.5), WISH).settings
+    assert first not in (more.settings, BoigReward(model, tok, BOIGBENCH, Looker(0.6), WISH).settings)
+
+
 def test_against_probabilities_by_hand(pocket, question):
     for text, logp in zip(TEXTS[:3], score_texts(*pocket, question, TEXTS)):
         torch.testing.assert_close(logp, by_hand(*pocket, question, text), rtol=0, atol=1e-4)

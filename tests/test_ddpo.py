@@ -26,6 +26,7 @@ from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, c
 from boig.diffusion.pipeline import load_pipeline
 from boig.diffusion.sampler import log_prob, make_steps, sample, step_policy
 from boig.pocket.sd import make_scheduler
+from boig.rewards.base import load_reward
 
 SMALL = DDPOConfig(epochs=2, samples=4, batch_size=2, micro_batch=2, steps=3, guidance=2.0, lr=1e-3, advantages="global", tracker="")
 PROMPTS = ["a cat", "a dog", "a hat"]
@@ -592,9 +593,14 @@ class Net(torch.nn.Module):
     def __init__(self, sign): super().__init__(); self.weight = torch.nn.Parameter(torch.tensor(float(sign)))
     def forward(self, images, prompts, context): return self.weight * images.mean((1, 2, 3))
 net, closed_net, in_net = Net({sign}), closed(Net({sign})), Holds(torch.nn.Linear(1, 1).requires_grad_({sign} > 0))
+class Called:
+    name = "called"
+    def __init__(self, **held): vars(self).update(held, _cache=object(), tokenizer=object())
+    def __call__(self, images, prompts, context): return images.mean((1, 2, 3))
+called, called_list, called_net = Called(scale="{sign}"), Called(likes=[dict(of=torch.tensor({sign}))]), Called(model=Net({sign}), device=torch.device("cpu"))
 torch.nn.init.constant_(in_net.sign.weight, {sign}); torch.nn.init.zeros_(in_net.sign.bias)
 """
-REWARDS = "named number keyword below itself part around no_grad cached held tensor method of_class net closed_net in_net".split()
+REWARDS = "named number keyword below itself part around no_grad cached held tensor method of_class net closed_net in_net called called_list called_net".split()
 
 
 def plans(sign): # of the rewards of HOME
@@ -610,6 +616,16 @@ def test_rewards_are_known_by_all_that_they_are_made_of():
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"}).stdout
     one, other = plans(1), plans(-1)
     assert one == json.loads(elsewhere) and [n for n in REWARDS if one[n] == other[n]] == []
+
+
+def test_a_named_reward_without_settings_is_known_by_its_weights_and_attributes():
+    "As boig's own are: its name alone would let a run go on with other weights."
+    def of(weights, **how): return load_reward("clip-score", weights, device="cpu", **how)
+    one = of("pocket-clip")
+    first = reward_plan(one)
+    one(torch.rand(1, 3, 32, 32), ["a cat"])
+    assert first == reward_plan(one) == reward_plan(of("pocket-clip"))
+    assert first not in (reward_plan(of("pocket-eval")), reward_plan(of("pocket-clip", scale="100cos")))
 
 
 def test_a_reward_that_cannot_be_told_from_another_says_so():

@@ -7,6 +7,7 @@ __all__ = ['FORMS', 'SCORED', 'score_plainly', 'score_texts', 'to_score', 'quest
 
 # %% ../../nbs/60_behaviour/63_reward.ipynb #e4f3db02
 import copy
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .batches import encode_prompt
 from .finetune import load_llm
 from ..benches.instructions import SPECS, DataSpec, instruction
-from ..core import BoigError, closest
+from ..core import BoigError, closest, fingerprint
 from ..perception.verbalizer import Verbalizer, load_verbalizer
 from ..rewards.base import check_call, register
 
@@ -172,7 +173,13 @@ class BoigReward:
     @property
     def settings(self) -> dict:
         "What tells this reward from others of its name."
-        return self.how | {"with_prompt": self.scoring["with_prompt"], "spec": str(self.spec), "behaviour": self.behaviour}
+        seen = self.verbalizer.describe() if hasattr(self.verbalizer, "describe") else {}
+        return self.how | {"with_prompt": self.scoring["with_prompt"], "spec": str(self.spec), "behaviour": self.behaviour, "model": self._weights, "verbalizer": {k: v for k, v in seen.items() if k != "counts"}}
+
+    @cached_property
+    def _weights(self) -> str: # read once: there may be billions
+        "A name for the language model's weights."
+        return fingerprint([p for p in self.model.parameters() if not p.is_meta]) if hasattr(self.model, "parameters") else ""
 
     def explain(
         self,

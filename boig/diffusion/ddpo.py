@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date
 from dis import get_instructions
 from functools import partial
@@ -238,9 +238,25 @@ def _object(x, home: str, plain):
     return [kind.__name__, *weights] if net else kind.__name__
 
 # %% ../../nbs/50_diffusion/52_ddpo.ipynb #6b0d21aa
+def _held(x):
+    "What can be told of a value that a named reward holds: numbers and words, dataclasses, networks by their weights; of all else its class."
+    if isinstance(x, torch.nn.Module): return _object(x, "", None)
+    if is_dataclass(x) and not isinstance(x, type): return {f.name: _held(getattr(x, f.name)) for f in fields(x)}
+    if isinstance(x, Mapping): return {str(k): _held(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [_held(v) for v in x]
+    return _plain(x) if isinstance(x, (str, int, float, type(None), torch.Tensor, np.ndarray, np.generic, date, PurePath, bytes)) else type(x).__name__
+
+def _named(reward):
+    "Of a reward with a `name` and no `settings`: its weights and its public attributes. A function's name says all."
+    if isinstance(reward, FunctionType): return None
+    held = {k: _held(v) for k, v in getattr(reward, "__dict__", {}).items() if k not in ("name", "training") and not k.startswith("_")}
+    if isinstance(reward, torch.nn.Module): held["itself"] = _held(reward)
+    return held or None
+
 def _making(reward) -> str: # 12 characters
-    "A name for what a reward is made of: its `settings`, if it has some; without a `name`, its code and what it holds."
-    if hasattr(reward, "name") or hasattr(reward, "settings"): return digest(_plain(getattr(reward, "settings", None)))
+    "A name for what a reward is made of: its `settings`, if it has some; else, with a `name`, its weights and attributes; without one, its code and what it holds."
+    if hasattr(reward, "settings"): return digest(_plain(reward.settings))
+    if hasattr(reward, "name"): return digest(_named(reward))
     inner = reward
     while isinstance(inner, partial): inner = inner.func
     return digest(_plain(reward, inner.__module__))
