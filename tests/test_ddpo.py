@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_sampler import tiny
 
-from boig.core import BoigError
+from boig.core import BoigError, derive_seed
 from boig.diffusion.ddpo import (FAST, Advantages, DDPOConfig, Run, base_mean, choose_steps, collect, ddpo_is, ddpo_sf, draw_batch, epoch_prompts, path_loss, reward_plan, score, standardize, step_loss,
                                  train_ddpo, window_eta)
 from boig.diffusion.pipeline import load_pipeline
@@ -418,6 +418,8 @@ def gradient(pipe, config, folder, keep):
     "The gradient of the first update, and what it logs."
     run, found = Run(pipe, PROMPTS, brightness, folder, dataclasses.replace(config, keep_graph=keep)), {}
     from boig.diffusion import ddpo
+    with torch.no_grad():
+        for p in run.params if config.kl else (): p.add_(0.01)  # away from the base, or the divergence has no gradient
     step, ddpo.step = ddpo.step, lambda run, of: found.update(grad=torch.cat([p.grad.flatten() for p in run.params])) or 0.0
     try:
         texts = epoch_prompts(PROMPTS, config, 0)
@@ -436,6 +438,7 @@ def test_the_graph_of_sampling_gives_the_same_gradient(tmp_path, changes):
     tolerance = 2e-2 if config.precision != "no" else 1e-5
     assert (kept["grad"] - again["grad"]).norm() < tolerance * again["grad"].norm() and again["grad"].norm() > 0
     assert kept["log"] == pytest.approx(again["log"], rel=1e-4, abs=1e-7) and again["log"]["ratio_off"] == 0
+    assert (again["log"]["kl"] > 1e-3) == (config.kl > 0)
 
 
 def test_fast_recipe(tmp_path):
@@ -521,6 +524,21 @@ def test_steps_that_are_trained():
     assert chosen.shape == (200, 3) and set(chosen.flatten().tolist()) == set(range(9)) # never the last one, which has no chance
     assert all(len(set(row)) == 3 for row in chosen.tolist())
     with pytest.raises(BoigError, match="None of the 1 steps"): choose_steps(make_steps(DDIMScheduler(), 1), torch.arange(2), SMALL, 0, 0)
+
+
+def test_the_negative_prompt_is_the_one_of_diffusers(tmp_path):
+    config = dataclasses.replace(SMALL, negative="a blue dog", guidance=8.0)
+    run, bare = (Run(tiny(), PROMPTS, brightness, tmp_path, c) for c in (config, dataclasses.replace(config, negative="")))
+    noise = [torch.Generator().manual_seed(derive_seed(config.seed, "picture", 0, k)) for k in range(2)]
+    with torch.no_grad(): want = run.pipe(PROMPTS[:2], negative_prompt=["a blue dog"] * 2, num_inference_steps=3, guidance_scale=8.0, eta=1.0, output_type="pt", generator=noise).images
+    mine, other = (draw_batch(r, PROMPTS[:2], torch.arange(2), 0, False).images for r in (run, bare))
+    torch.testing.assert_close(mine, want, rtol=0, atol=2e-5)
+    assert (mine - other).abs().max() > 1e-3
+
+
+def test_the_limits_of_advantages_are_the_settings(tmp_path):
+    a = Run(tiny(), PROMPTS, brightness, tmp_path, dataclasses.replace(SMALL, advantages="prompt", buffer=7, min_count=3, advantage_clip=1.5)).advantages
+    assert (a.kind, a.size, a.min_count, a.clip) == ("prompt", 7, 3, 1.5)
 
 
 def test_prompts_take_turns():

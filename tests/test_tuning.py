@@ -113,6 +113,23 @@ def test_gradients_are_clipped_or_not():
     assert run.params[0].tolist() == [-2, -3] and norm == 5
 
 
+def test_fp16_clips_the_gradient_and_not_its_scaled_one():
+    plain, norm = one_step([3.0, 4.0], grad_clip=0.1)
+    scaled, same = one_step([3.0, 4.0], scale=2.0**16, grad_clip=0.1)
+    torch.testing.assert_close(scaled.params[0].data, plain.params[0].data)
+    assert same == norm == 5
+
+
+def test_the_average_follows_by_a_tenth():
+    run, _ = one_step([1.0, 2.0], ema=0.9, grad_clip=0.0)
+    torch.testing.assert_close(run.average[0], torch.tensor([0.9 * 1 + 0.1 * 0, 0.9 * 1 + 0.1 * -1]))
+
+
+def test_the_optimiser_has_the_settings(tmp_path):
+    group, = Tuning(tiny(), tmp_path, dataclasses.replace(SMALL, lr=2e-4, beta2=0.95, weight_decay=0.3), {}).optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.9, 0.95), 0.3)
+
+
 @pytest.mark.parametrize("wrong", [dict(lr=0.0), dict(lr=-1e-4), dict(lr=float("nan")), dict(grad_clip=-1.0)], ids=str)
 def test_steps_that_lead_nowhere_are_refused(wrong):
     with pytest.raises(BoigError, match="lr must be above 0, and grad_clip at least 0"): Tuning.check(tiny(), dataclasses.replace(SMALL, **wrong))
