@@ -448,7 +448,8 @@ def test_four_bits_leave_what_is_trained_whole(base, monkeypatch, half):
     "The vision encoder stays out of the 4 bits, in single precision; a model that has it in them is not trained silently without it. The rest is bfloat16 where the GPU has it."
     asked, where, idefics = {}, [], copy.deepcopy(base[0])
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: half == torch.bfloat16)
-    monkeypatch.setattr("boig.preference.model.get_device", lambda device: torch.device("cuda" if device == "auto" else device))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr("boig.preference.model.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))  # not peft's
     monkeypatch.setattr("boig.preference.model.resolve", lambda ref: ref)

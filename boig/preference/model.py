@@ -10,7 +10,6 @@ __all__ = ['LORA_TARGETS', 'Rated', 'check_history', 'PreferenceConfig', 'Words'
 # %% ../../nbs/70_preference/70_model.ipynb #ad396aaf
 import importlib.util
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -283,10 +282,6 @@ def token_attention(
     return torch.stack([a[0, :, -len(target):, :model.config.tokens] for a in seen]).float().cpu()
 
 # %% ../../nbs/70_preference/70_model.ipynb #d01eeed7
-def _own_gpu(where: torch.device) -> torch.device:
-    "Under `accelerate launch` each process's own GPU, unless another was named."
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if where.type == "cuda" and where.index is None and "LOCAL_RANK" in os.environ else where
-
 def load_idefics(
     ref: str, # zoo name, local folder or hub id
     device: str = "auto",
@@ -295,7 +290,7 @@ def load_idefics(
 ) -> tuple: # Idefics2ForConditionalGeneration, its processor
     "A pre-trained Idefics2 with its processor; BoigError if a tensor is missing or left over."
     if quantize not in ("", "nf4"): raise closest(quantize, ("nf4",), "quantization")
-    folder, where = resolve(ref), _own_gpu(get_device(device))
+    folder, where = resolve(ref), get_device(device)
     if quantize:
         if where.type != "cuda" or not importlib.util.find_spec("bitsandbytes"):
             raise BoigError(f"4-bit weights need a CUDA device (here: {where.type}) and bitsandbytes (pip install bitsandbytes). Load it without `quantize`, or on a machine that has both.")
