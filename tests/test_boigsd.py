@@ -15,7 +15,7 @@ from test_boig_reward import looker, tiny as tiny_llm
 from test_sampler import tiny
 from transformers import LlamaConfig
 
-from boig.behaviour.boigsd import (FOLDS, SHOWN, Fitted, PromptReward, Watch, all_looks, assess, diversity, divergence, fid_folds, gains, in_form,
+from boig.behaviour.boigsd import (FOLDS, SHOWN, Fitted, PromptReward, Watch, all_looks, assess, diversity, divergence, fid_folds, gains, in_form, in_parts,
                                    jackknife, keep_weights, load_tuned, look, oracle, pick, requests, table2, verdict, wishes)
 from boig.behaviour.finetune import load_llm
 from boig.behaviour.reward import BoigReward
@@ -164,6 +164,15 @@ def test_divergence_of_a_shifted_denoiser_is_the_closed_form():
     want = (((slope * δ / steps.sigma)**2 / 2)[chance]).sum().item() * size
     assert divergence(pipe, base, ["a cat", "a dog"], [1, 2], 4, 1.0) == pytest.approx(want, rel=1e-3)
     assert moved == [pipe.device] * 2 # a training on another GPU moves the pipeline, not the copy that was made before
+
+
+def test_judges_are_handed_no_more_than_64_large_pictures():
+    asked = []
+    def judge(x, prompts): asked.append(len(x)); return x[:, 0, 0, 0] + torch.tensor([float(p) for p in prompts])
+    large = torch.arange(200.0).view(-1, 1, 1, 1).expand(-1, 3, 512, 512)
+    assert in_parts(judge, large, [str(i) for i in range(200)]).tolist() == [2 * i for i in range(200)]
+    assert asked == [64, 64, 64, 8]
+    assert len(in_parts(judge, large[:, :, :64, :64], ["0"] * 200)) == 200 and asked[4:] == [200]
 
 
 def test_diversity_by_hand():
