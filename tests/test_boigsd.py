@@ -15,7 +15,7 @@ from test_boig_reward import looker, tiny as tiny_llm
 from test_sampler import tiny
 from transformers import LlamaConfig
 
-from boig.behaviour.boigsd import (FOLDS, SHOWN, Fitted, PromptReward, Watch, all_looks, assess, diversity, divergence, fid_folds, gains, in_form, in_parts,
+from boig.behaviour.boigsd import (FOLDS, SHOWN, Fitted, PromptReward, Watch, all_looks, assess, diversity, divergence, fid_cells, fid_folds, gains, in_form, in_parts,
                                    jackknife, keep_weights, load_tuned, look, oracle, pick, requests, table2, verdict, wishes)
 from boig.behaviour.finetune import load_llm
 from boig.behaviour.reward import BoigReward
@@ -301,6 +301,16 @@ def test_fid_folds():
     far = fid_folds(a, a + 2, "f")
     assert far[0] == pytest.approx(4 * 4, rel=1e-3) and len(far) == 1 + FOLDS # a shift moves the mean only, whatever is left out
     with pytest.raises(BoigError, match="take as many"): fid_folds(a, a[1:], "f")
+
+
+def test_a_bucket_has_a_distance_of_its_own_if_it_is_large_enough():
+    rows = pd.DataFrame({"bench": ["one"] * 60 + ["two"] * 30, "bucket": (["high"] * 40 + ["low"] * 20) + ["high"] * 30, "prompt": [f"caption {i}" for i in range(90)]})
+    true = torch.randn(90, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = true + torch.tensor([3.0] * 40 + [1.0] * 50, dtype=torch.float64)[:, None]
+    found = fid_cells(drawn, true, rows, "f", least=30)
+    assert set(found) == {("one", "High"), ("one", "All"), ("two", "High"), ("two", "All")}
+    assert found["one", "High"][0] == pytest.approx(2 * 3**2) and (found["one", "All"] == fid_folds(drawn[:60], true[:60], "f", rows.prompt[:60])).all()
+    assert set(fid_cells(drawn, true, rows, "f")) == {("one", "All"), ("two", "All")}
 
 
 def test_pictures_are_cut_at_the_middle_and_read_when_asked_for():

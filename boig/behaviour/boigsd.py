@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'AT_ONCE', 'TRAINED', 'SHOWN', 'FOLDS', 'Source', 'wishes', 'requests', 'pick', 'Fitted', 'oracle',
            'in_parts', 'assess', 'PromptReward', 'in_form', 'load_rewards', 'divergence', 'diversity', 'Watch', 'look',
-           'all_looks', 'keep_weights', 'load_tuned', 'cells', 'table2', 'verdict', 'gains', 'fid_folds', 'jackknife']
+           'all_looks', 'keep_weights', 'load_tuned', 'cells', 'table2', 'verdict', 'gains', 'fid_folds', 'fid_cells',
+           'jackknife']
 
 # %% ../../nbs/60_behaviour/66_boigsd.ipynb #a481df85
 import copy
@@ -373,6 +374,17 @@ def fid_folds(
     parts = range(FOLDS if group.max() + 1 >= FOLDS else 0) # of fewer groups some parts would leave out nothing
     rest = [frechet_distance(a.mean, a.covariance, b.mean, b.covariance) for a, b in (d(fold != j) for j in parts)] or [math.nan] * FOLDS
     return np.array([float(distance(*d(fold >= 0))), *rest])
+
+def fid_cells(
+    drawn: torch.Tensor, # [B, D] features
+    true: torch.Tensor, # [B, D] of the same rows' own pictures
+    rows: pd.DataFrame, # B requests
+    name: str, # of the features
+    least: int = 500, # pictures of a KPI bucket: a distance of fewer says more of their number than of them
+) -> dict[tuple[str, str], np.ndarray]: # (benchmark, KPI bucket) -> of `fid_folds`
+    "Fréchet distances of all of a benchmark, and of its KPI buckets that are large enough; pictures of one caption are left out together."
+    found = ((bench, kpi, np.flatnonzero(here)) for bench, kpi, here in cells(rows))
+    return {(bench, kpi): fid_folds(drawn[at], true[at], name, rows.prompt.iloc[at]) for bench, kpi, at in found if kpi == "All" or len(at) >= least}
 
 def jackknife(folds: np.ndarray) -> tuple[float, float, float]: # value, and the ends of its 95% interval
     "The interval of what `fid_folds` gives, or of a difference of two of them."
