@@ -36,7 +36,7 @@ class TuningConfig:
     beta2: float = 0.999 # of AdamW; β₁ is 0.9
     grad_clip: float = 1.0 # norm; 0: none
     lora_rank: int = 0 # 0: the whole denoiser
-    ema: float = 0.0 # decay per update of a running average, which becomes the result; 0: none
+    ema: float = 0.0 # decay per update of a running average, which becomes the result; 0: none. After n updates the start still weighs emaⁿ, so 0.9999 wants tens of thousands
     precision: str = "no" # or "bf16", "fp16": of the arithmetic; all weights stay in single precision, for rounded ones would be saved
     gradient_checkpointing: bool = False # less memory, more time
     tracker: str = "auto" # of accelerate: "tensorboard", "wandb" …; "auto": TensorBoard if it is installed; "": none
