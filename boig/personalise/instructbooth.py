@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 from ..core import BoigError, closest
 from ..diffusion.ddpo import DDPOConfig, Run, reward_plan, train_ddpo
-from ..diffusion.pipeline import load_pipeline
+from ..diffusion.pipeline import add_lora, load_pipeline
 from ..diffusion.tuning import check_folder
 from .base import Subject, load_subject, save_subject
 from .custom_diffusion import load_custom_diffusion
@@ -101,7 +101,7 @@ def load_instructbooth(folder, device: str = "auto", dtype: torch.dtype = torch.
     about, folder = load_subject(folder), Path(folder)
     if not about["lora"]: return load_pipeline(str(folder/"rl"/"pipeline"), device, dtype=dtype)
     pipe = load_dreambooth(folder/about["start"], device, dtype)
-    pipe.load_lora_weights(str(folder/"rl"/"adapter"))
+    add_lora(pipe, str(folder/"rl"/"adapter"))
     return pipe
 
 # %% ../../nbs/80_personalise/85_instructbooth.ipynb #e09e8ec0
