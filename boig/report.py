@@ -8,6 +8,7 @@ __all__ = ['verbalization_svg', 'records', 'sources', 'table_rows', 'findings', 
 
 # %% ../nbs/95_front/96_report.ipynb #65cbcd75
 import base64
+from collections import Counter
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -226,7 +227,7 @@ def write_report(
     ran = records(results, stages)
     last = max((s["record"] for s in ran if s["record"]), key=lambda r: r["provenance"]["time"], default=None)
     page = environment().get_template("report.html").render(
-        claims=claims_block(judge([results, *others])), others_judged=[str(f) for f in others], sources=sources(results, ran), stages=ran, last=last, commit=last and _commit(last["provenance"]),
+        claims=claims_block(judge([results, *others])), others_judged=[str(f) for f in others], sources=sources(results, ran), stages=ran, last=last, commits=Counter(_commit(s["record"]["provenance"]) for s in ran if s["record"]).most_common(),
         metrics=[f"{m} {'↑' if s > 0 else '↓'}" for m, s in METRICS.items()],
         tables=[table1_block(results, e) for e in dict.fromkeys(ENDINGS[s.params["bench"]] for s in stages.values() if "bench" in s.params)],
         data=[data_block(results, *d) for d in _DATA], blocks=stage_blocks(results, stages), others=_others(results, stages), gallery=gallery(results))

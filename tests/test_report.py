@@ -217,6 +217,16 @@ def test_a_broken_record_is_told(made, tmp_path):
         assert write_report(tmp_path/str(i)).read_text(encoding="utf-8").count("its record cannot be read") == 1
     assert {r["name"] for r in records(tmp_path/"0") if r["broken"]} == {"boig_table2"} and not any(r["broken"] for r in records(made))
 
+def test_the_header_names_each_commit(made):
+    path = made/"provenance"/"boig_table2.json"
+    kept, said = path.read_text(), "commit <code>0123456789</code>, 2026"
+    assert said in write_report(made).read_text(encoding="utf-8").replace("\n", " ")
+    r = json.loads(kept)
+    r["provenance"] |= dict(commit="fedcba9876543210", changed_since_commit=True)
+    path.write_text(json.dumps(r))
+    try: assert "commits <code>0123456789</code> (2 stages), <code>fedcba9876+</code> (1 stage), 2026" in write_report(made).read_text(encoding="utf-8")
+    finally: path.write_text(kept)
+
 @pytest.mark.parametrize("name, content", [("boig_table2", b""), ("my_own", b"\n"), ("my_own", b"\xff\xfe\x00"), ("my_own", b"a,b\n1\n1,2,3\n")])
 def test_a_file_without_a_table_is_one_line(made, tmp_path, name, content):
     import shutil
