@@ -99,9 +99,14 @@ def test_ridge_finds_what_is_there_and_nothing_else():
 
 def test_features_say_what_is_in_the_text():
     v = Verbalization({"Red": 0.75, "Blue": 0.25}, {"warm": 1.0, "neutral": 0, "cool": 0}, {"cat": (0, 0, 32, 16)})
-    f = look_features(v, 64)
+    f = look_features(v, 64, 64)
     assert f["colour Red"] == 0.75 and f["tone warm"] == 1.0 and f["object cat"] == 1 and f["area cat"] == 0.125 and f["objects"] == 0.2
     assert word_features(["A red, RED cat!"]) == [{"word a": 1.0, "word red": 1.0, "word cat": 1.0}]
+
+
+def test_a_share_of_the_picture_is_of_its_own_size():
+    for size in ((1200, 675), (300, 300)):
+        assert look_features(Verbalization({"Red": 1.0}, {"warm": 1.0, "neutral": 0, "cool": 0}, {"cat": (0, 0, *size)}), *size)["area cat"] == 1
 
 
 @pytest.fixture(scope="module")

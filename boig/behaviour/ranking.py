@@ -121,9 +121,9 @@ def word_features(texts: list[str]) -> list[dict]:
     "Which words a text has."
     return [{f"word {w}": 1.0 for w in "".join(c.lower() if c.isalnum() else " " for c in t).split()} for t in texts]
 
-def look_features(v: Verbalization, side: float) -> dict: # `side`: of the picture, in pixels
+def look_features(v: Verbalization, width: int, height: int) -> dict: # of the picture, in pixels
     "A verbalisation as numbers: coverages, tones, and each object's share of the picture."
-    area = {f"object {o}": 1.0 for o in v.objects} | {f"area {o}": (b[2] - b[0]) * (b[3] - b[1]) / side**2 for o, b in v.objects.items()}
+    area = {f"object {o}": 1.0 for o in v.objects} | {f"area {o}": (b[2] - b[0]) * (b[3] - b[1]) / (width * height) for o, b in v.objects.items()}
     return {f"colour {c}": v.colors.get(c, 0.0) for c in COLOR_NAMES} | {f"tone {t}": v.tones.get(t, 0.0) for t in TONE_NAMES} | {"objects": len(v.objects) / 5} | area
 
 def _matrix(features: list[dict], names: list[str]) -> np.ndarray: # [N, F + 1]
