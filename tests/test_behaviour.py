@@ -1,5 +1,6 @@
 "Fine-tuning, constrained generation and the controls of Table 1."
 import copy
+import json
 
 import numpy as np
 import pandas as pd
@@ -8,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from boig.behaviour.evaluate import ask, constant_answer, differences, pick_test_rows, score_answers, shuffled_kpis, spread, table1
+from boig.behaviour.evaluate import ask, constant_answer, differences, one_size, pick_test_rows, score_answers, shuffled_kpis, spread, table1
 from boig.behaviour.batches import PadGroups, encode_example, weighted_loss
 from boig.behaviour.finetune import (add_lora, examples_of, finetune, fixed_texts, last_checkpoint, load_llm, make_llama, save_llm, train_tokenizer)
 from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, Example
-from boig.core import BoigError
+from boig.core import BoigError, project_root
 from boig.data.verbalization import parse, problems
 
 
@@ -231,6 +232,20 @@ def test_byte_level_tokens_get_no_blank(bench, tok, constraint):
 
 def test_large_pictures_are_refused_clearly():
     with pytest.raises(BoigError, match="256 a side"): verbalization_grammar((5760, 3840))
+
+
+def test_sizes_are_checked_without_a_model(bench):
+    rows = bench.head(2)
+    assert one_size(rows) == (64, 64)
+    for sizes, words in ((["(200, 100)", "(100, 100)"], "need one resolution, not 2"), (["(1200, 675)"] * 2, "256 a side")):
+        with pytest.raises(BoigError, match=words): one_size(rows.assign(**{"image resolution": sizes}))
+
+
+@pytest.mark.parametrize("stage, paid", [("boig_llm", "launch("), ("boig_llm_ablations", "launch("), ("boig_shots", "load_llm(")])
+def test_sizes_are_checked_before_anything_is_paid_for(stage, paid):
+    cells = json.loads((project_root()/"nbs"/"90_experiments"/f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "".join(x for c in cells if c["cell_type"] == "code" for x in c["source"])
+    assert 0 < code.index("one_size(") < code.index(paid)
 
 
 def test_picking_rows_spreads_over_buckets_and_ranks(bench):
