@@ -17,6 +17,7 @@ from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, Example
 from boig.core import BoigError, project_root
 from boig.data.verbalization import parse, problems
+from boig.metrics.verbalization_metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,13 @@ def test_differences_have_the_right_sign(bench):
     assert d.loc["Colours IOU", "verdict"] == "better" and d.loc["Colours Coverage RMSE", "gain"] > 0
     assert d.loc["Objects Normalised Area RMSE", "verdict"] in ("not measurable", "better")
     assert differences(bad, good, 200).set_index(["KPI", "Metric"]).loc[("All", "Colours IOU"), "verdict"] == "worse"
+
+
+def test_rows_of_a_subgroup_are_drawn_together():
+    "Scores that are constant within six subgroups say less than those of as many single rows: the intervals are wider by about √10."
+    rng, few = np.random.default_rng(0), np.repeat(np.arange(6), 10)
+    scores = pd.DataFrame(np.repeat(rng.random((6, 1)), 10, 0) * np.ones(9), columns=list(METRICS)).assign(bucket="high", group=few, readable=True, clean=True)
+    none = scores.assign(**{m: 0.0 for m in METRICS})
+    for interval_of, end in ((lambda s: table1({"model": ("No", s)}, 500), "Objects IOU "), (lambda s: differences(s, none, 500), "")):
+        together, alone = (t[f"{end}high"][0] - t[f"{end}low"][0] for t in (interval_of(scores.assign(group=g)) for g in (few, np.arange(60))))
+        assert together > 2 * alone

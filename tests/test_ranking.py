@@ -97,6 +97,28 @@ def test_ridge_finds_what_is_there_and_nothing_else():
     assert abs(quality([{"noise": w} for w in rng.random(n)])) < 0.35
 
 
+def test_accounts_are_drawn_whole():
+    "Six accounts of ten equal pictures say less than sixty pictures by themselves."
+    rng, few = np.random.default_rng(2), np.repeat(np.arange(6), 10)
+    kpi = np.repeat(rng.permutation(6), 10)
+    score = kpi + np.repeat(rng.normal(size=6), 10) * 3
+    def width(account): return (lambda r: r["Spearman high"] - r["Spearman low"])(rank_overall(score, kpi, np.where(kpi > 2, "high", "low"), account, 500))
+    assert width(few) > 2 * width(np.arange(60))
+
+
+def test_ridge_never_looks_at_the_tests_outcomes():
+    "Neither the accounts' means nor the penalty: other outcomes of the test pictures leave each score as it is, to the bit."
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"account": rng.integers(0, 5, 120).astype(str), "split": np.resize(["train"] * 3 + ["valid", "test"], 120), "kpi": rng.poisson(50, 120)})
+    features = [{f"f{i}": x for i, x in enumerate(r)} for r in rng.random((120, 30))]
+    test = (table.split == "test").to_numpy()
+    found = ridge_scores(table, features, "kpi", "account")
+    for factor in (0, 10, 1000): assert np.array_equal(found, ridge_scores(table.assign(kpi=np.where(test, factor * table.kpi, table.kpi)), features, "kpi", "account"))
+    # outcomes that suit a bold fit, and outcomes that suit none
+    bold = np.exp(10 + 5 * np.array([f["f0"] for f in features]))
+    for kpi in (bold, bold[::-1]): assert np.array_equal(found, ridge_scores(table.assign(kpi=np.where(test, kpi, table.kpi)), features, "kpi", "account"))
+
+
 def test_features_say_what_is_in_the_text():
     v = Verbalization({"Red": 0.75, "Blue": 0.25}, {"warm": 1.0, "neutral": 0, "cool": 0}, {"cat": (0, 0, 32, 16)})
     f = look_features(v, 64, 64)
