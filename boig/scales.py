@@ -115,7 +115,7 @@ class ShotsScale:
     llm: str # the local model: zoo name, folder or hub id
     few: int # shots
     many: int # shots
-    max_new_tokens: int # longest answer
+    max_new_tokens: int # longest answer; 0 = the longest of the training pictures', and a tenth more
     generate_batch: int # answers written at once
     test_rows: int # test pictures asked about; 0 = all
     free_rows: int # of these, how many the local model also answers freely
@@ -418,7 +418,7 @@ class Scale:
 # %% ../nbs/00_core/01_scales.ipynb #e06e67d8
 AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 0, "test": 0, "valid": 0, "test_fraction": 0, "valid_fraction": 0, "bootstrap": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "warmup_ratio": 0,
             "max_length": 8, "lora_rank": 0, "bits": 0, "processes": 1, "accumulation": 1, "pack": 0, "behaviour_weight": 0, "valid_rows": 0, "noise": 0, "eval_every": 1, "generate_batch": 1, "test_rows": 0,
-            "few": 1, "many": 1, "max_new_tokens": 1, "free_rows": 0, "budget": 0, "ema": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
+            "few": 1, "many": 1, "max_new_tokens": 0, "free_rows": 0, "budget": 0, "ema": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
             "sampling_steps": 1, "guidance": 0, "epochs": 1, "samples": 1, "micro_batch": 1, "learning_rate_full": 0, "sft_epochs": 1, "sft_look_every": 1, "sft_batch_size": 1,
             "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0,
             "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,

@@ -12,11 +12,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from boig.behaviour.evaluate import ask, constant_answer, differences, one_size, pick_test_rows, score_answers, shuffled_kpis, spread, table1
 from boig.behaviour.batches import PadGroups, encode_example, weighted_loss
 from boig.behaviour.finetune import (add_lora, examples_of, finetune, fixed_texts, last_checkpoint, load_llm, make_llama, save_llm, train_tokenizer)
-from boig.behaviour.generate import Constraint, generate_answers, verbalization_grammar
+from boig.behaviour.generate import Constraint, answer_room, generate_answers, verbalization_grammar
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, Example
 from boig.core import BoigError, project_root
-from boig.data.verbalization import parse, problems
+from boig.data.verbalization import Verbalization, parse, problems
 from boig.metrics.verbalization_metrics import METRICS
 
 
@@ -233,6 +233,22 @@ def test_byte_level_tokens_get_no_blank(bench, tok, constraint):
 
 def test_large_pictures_are_refused_clearly():
     with pytest.raises(BoigError, match="256 a side"): verbalization_grammar((5760, 3840))
+
+
+class Writes:
+    "A model that writes one text, as far as it may."
+    device, generation_config = "cpu", None
+    def __init__(self, ids): self.ids = ids
+    def eval(self): return self
+    def generate(self, input_ids, max_new_tokens, **_): return torch.cat([input_ids, torch.tensor([self.ids[:max_new_tokens]] * len(input_ids))], 1)
+
+
+def test_there_is_room_for_the_longest_true_answer(tok):
+    "Four objects with real pictures' boxes, as Listing 1 has them, are more than 200 tokens."
+    truth = Verbalization({"Gray": 0.6, "Black": 0.4}, {"warm": 0, "neutral": 1.0, "cool": 0}, {n: (1892.94, 11.18, 4260.09, 3824.34) for n in ("woman in jeans", "safety vest", "white shirt", "helmet of a worker")}).to_json()
+    writes, room = Writes(tok(truth, add_special_tokens=False).input_ids + [tok.eos_token_id]), answer_room(tok, ["{}", truth])
+    assert len(writes.ids) > 200 and room >= len(writes.ids)
+    assert [parse(generate_answers(writes, tok, ["?"], max_new_tokens=n)[0]).clean for n in (200, room)] == [False, True]
 
 
 def test_sizes_are_checked_without_a_model(bench):
