@@ -2,6 +2,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from boig.perception.grounding import load_grounder, prompts, read_boxes, text_o
 from boig.perception.pixels import parts_of
 from boig.perception.ram import tiny_ram
 from boig.perception.saliency import tiny_saliency
+from boig.perception.shards import what_runs
 from boig.perception.verbalizer import Verbalizer, load_verbalizer, settle, thin_out, whole_box
 
 logging.disable_progress_bar()
@@ -309,6 +311,13 @@ def test_what_ran_is_described(paper, pocket):
     assert told["mask"]["name"] == "random-u2netp" and told["captioner"]["name"] == "random-llava" and "<image>" in told["captioner"]["prompt"]
     assert pocket.describe()["objects"] == {"name": "pocket-detector", "threshold": 0.5} and pocket.describe()["mask"] is None
     assert json.loads(json.dumps(told)) == told
+
+def test_a_plan_made_without_a_gpu_is_good_with_one(home, paper, images):
+    "The captioner's dtype is in the key, so it must not follow the device."
+    assert next(paper.captioner.model.parameters()).dtype == torch.bfloat16
+    other = replace(paper, captioner=load_captioner(str(home/"llava"), device="cpu", dtype=torch.float32))
+    assert what_runs(paper)["weights"] != what_runs(other)["weights"]
+    assert what_runs(paper, captions=False) == what_runs(other, captions=False) == what_runs(replace(paper, captioner=None), captions=False)
 
 def test_parts_can_be_left_out(home, images):
     plain = load_verbalizer("paper", device="cpu", tagger=home/"ram", grounder=str(home/"dino"), saliency=None, captioner=None)

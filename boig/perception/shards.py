@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,7 @@ def code_hash() -> str:
 
 def what_runs(verbalizer, captions: bool = True, code: str | None = None) -> dict: # plain JSON
     "All that a verbalisation depends on, apart from the picture."
+    if not captions and is_dataclass(verbalizer) and hasattr(verbalizer, "captioner"): verbalizer = replace(verbalizer, captioner=None)  # nobody asks it
     parts = {k: v for k, v in verbalizer.describe().items() if k != "counts"}
     return json.loads(json.dumps({"verbalizer": parts, "weights": weights_hash(verbalizer), "captions": captions, "code": code or code_hash()}, default=str))
 

@@ -124,7 +124,8 @@ def _pocket(device, detector: str = "pocket-detector") -> Verbalizer:
 def _paper(device, tagger="", grounder="IDEA-Research/grounding-dino-base", saliency="", captioner="llava-hf/llava-1.5-7b-hf") -> Verbalizer:
     objects = TaggedObjects(load_ram(tagger, device), load_grounder(grounder, device))
     mask = None if saliency is None else load_saliency(saliency, device)
-    return Verbalizer(objects, mask, None if captioner is None else load_captioner(captioner, device), batch_size=8)
+    says = None if captioner is None else load_captioner(captioner, device, torch.bfloat16)  # on a CPU too: a plan made there names the numbers that a GPU has
+    return Verbalizer(objects, mask, says, batch_size=8)
 
 _VERBALIZERS = {"pocket": _pocket, "paper": _paper}
 
