@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ..core import BoigError
 
@@ -23,12 +23,19 @@ from ..core import BoigError
 MAX_PIXELS = 100_000_000 # of a picture that is unpacked
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP") # Pillow knows more, and starts Ghostscript for one of them (EPS)
 
+def _as_srgb(picture: Image.Image) -> Image.Image:
+    "The same colours in sRGB, if a profile says which they are; as it is if there is none that fits."
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("L", "RGB", "RGBA", "CMYK"): return picture
+    try: return ImageCms.profileToProfile(picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGBA" if picture.mode == "RGBA" else "RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError): return picture
+
 def _flat(picture: Image.Image) -> Image.Image:
     "A decoded picture of any mode as RGB."
     if picture.mode in ("I;16", "I;16B", "I;16L", "I"): picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     elif picture.mode == "F": raise BoigError("A picture of floats has no stated range; save it with 8 or 16 bits.")
-    if "A" not in picture.mode and "transparency" not in picture.info: return picture.convert("RGB")
-    above = picture.convert("RGBA")
+    if "A" not in picture.mode and "transparency" not in picture.info: return _as_srgb(picture.convert("RGB") if picture.mode == "P" else picture).convert("RGB")
+    above = _as_srgb(picture.convert("RGBA"))
     return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
 
 def open_rgb(
