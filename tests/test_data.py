@@ -9,7 +9,7 @@ import torch
 from boig.benches.emojibench import build_benchmark, drawing_box
 from boig.core import BoigError
 from boig.data.emoji import describe, gives_away, load_emojibench, split_by_subgroup, use_buckets
-from boig.data.palette import COLOR_NAMES, palette_rgb, rgb_to_lab
+from boig.data.palette import COLOR_NAMES, palette_rgb, rgb_to_lab, tone_of_lab
 from boig.data.verbalization import parse, problems
 from boig.perception.colors import color_shares, verbalize_colors
 
@@ -24,6 +24,12 @@ def test_lab_of_known_colours():
     lab = torch.tensor([[53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86], [53.39, 0, 0]])
     torch.testing.assert_close(rgb_to_lab(rgb), lab, atol=0.03, rtol=0)
 
+
+def test_tones_by_hand():
+    "Below a chroma of 12 there is no hue; from pink to yellow it is warm."
+    def at(chroma, hue): return [70.0, chroma * np.cos(np.radians(hue)), chroma * np.sin(np.radians(hue))]
+    lab = torch.tensor([at(11.9, 40), at(11.9, 250), at(12.1, 40), at(12.1, 250), at(40, -29), at(40, -31), at(40, 109), at(40, 111)])
+    assert tone_of_lab(lab).tolist() == [1, 1, 0, 2, 0, 2, 0, 2]
 
 def test_shares_by_counting_one_pixel_at_a_time():
     g = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from boig.core import BoigError
-from boig.perception.pixels import open_rgb, to_tensor
+from boig.perception.pixels import Preprocess, open_rgb, to_tensor
 from boig.rewards import image_reward as ir
 
 DATA = Path(__file__).parent/"data"
@@ -186,6 +186,11 @@ def test_scores_are_standardised_with_the_authors_constants(reward):
     with torch.no_grad(): score = reward.net(PIXELS, **text)
     handle.remove()
     assert torch.allclose(score * 1.03333950 + 0.16717363, before[0][:, 0], atol=1e-5) and score.dtype == torch.float32
+
+def test_pictures_come_in_as_the_original_takes_them(reward):
+    "Shortest side bicubic, the middle, CLIP's numbers; the golden scores are of pixels that are ready."
+    side = reward.net.visual_encoder.config.image_size
+    assert reward.pixels == Preprocess((side, side), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "bicubic", side)
 
 def test_pictures_do_not_depend_on_their_batch(reward):
     images, prompts = torch.rand(4, 3, 32, 32), ["a red shoe", "a table", "", "very red"]

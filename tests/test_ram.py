@@ -2,14 +2,17 @@
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from boig.checkpoints import load_original
 from boig.core import BoigError
+from boig.perception.pixels import Preprocess, to_tensor
 from boig.perception.ram import Ram, RamShape, load_ram, tiny_ram, to_ours, to_theirs
 
 GOLDEN = json.loads((Path(__file__).parent/"data/golden_ram_tiny.json").read_text())
@@ -50,6 +53,14 @@ def test_logits_and_cells_are_the_originals(weights, noise):
 def test_a_wrong_number_of_heads_loads_and_would_show(weights, noise, trap):
     model = load_original(Ram(RamShape(**SMALL | trap)), to_ours(weights))
     assert not torch.allclose(model(noise), torch.tensor(GOLDEN["logits"]), atol=1e-3)
+
+def test_a_picture_comes_in_as_ram_was_trained(tagger):
+    "RAM's transform: squashed to a square, bilinear, normalised by ImageNet's numbers."
+    with torch.device("meta"): real = replace(tagger, model=Ram()).preprocess
+    assert real == Preprocess((384, 384), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 0)
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    theirs = (np.asarray(picture.resize((64, 64), Image.Resampling.BILINEAR)) / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    assert np.abs(tagger.preprocess(to_tensor(picture)[None])[0].permute(1, 2, 0).numpy() - theirs).max() < 0.02  # PIL rounds to 8 bits
 
 def test_the_published_shapes():
     with torch.device("meta"): shapes = {n: tuple(t.shape) for n, t in to_theirs(Ram().state_dict()).items()}

@@ -312,6 +312,9 @@ def test_what_ran_is_described(paper, pocket):
     assert pocket.describe()["objects"] == {"name": "pocket-detector", "threshold": 0.5} and pocket.describe()["mask"] is None
     assert json.loads(json.dumps(told)) == told
 
+def test_the_published_thresholds(paper):
+    assert (paper.objects.grounder.threshold, paper.mask.threshold) == (0.25, 0.5)
+
 def test_a_plan_made_without_a_gpu_is_good_with_one(home, paper, images):
     "The captioner's dtype is in the key, so it must not follow the device."
     assert next(paper.captioner.model.parameters()).dtype == torch.bfloat16
