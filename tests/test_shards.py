@@ -386,6 +386,25 @@ def test_local_processes_give_the_same_files(quick, monkeypatch):
     executors.Run(str(quick/"local")).task(0, 1)  # one that is lacking, as a later call would
     assert some.read_bytes() == (quick/"alone"/"shards"/some.name).read_bytes()
 
+def test_local_processes_take_a_gpu_each(monkeypatch):
+    started = []
+    class Process:
+        args = []
+        def __init__(self, command, env): started.append((command[-2:], env.get("LOCAL_RANK")))
+        def wait(self): return 0
+        def kill(self): pass
+    monkeypatch.setattr(executors.subprocess, "Popen", Process)
+    monkeypatch.setattr(executors.os, "cpu_count", lambda: 3)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    def on(gpus, **options):
+        started.clear()
+        monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: gpus)
+        executors.local(executors.Run("x"), list(range(9)), **options)
+        return started
+    assert on(2) == [(["0", "2"], "0"), (["1", "2"], "1")]
+    assert [rank for _, rank in on(2, processes=4)] == ["0", "1", "0", "1"] and [rank for _, rank in on(0)] == [None] * 3
+
 def test_a_slurm_array_gives_the_same_files(quick, monkeypatch):
     "bash runs the array's script, once for each SLURM_ARRAY_TASK_ID that its --array names, from another folder."
     (quick/"bin").mkdir()
@@ -417,7 +436,10 @@ def test_ray_is_asked_as_it_wants_to_be(quick, monkeypatch):
     ray = types.SimpleNamespace(is_initialized=lambda: True, remote=lambda **want: asked.append(want) or Call, get=get)
     monkeypatch.setitem(sys.modules, "ray", ray)
     same(quick, partial(executors.on_ray, gpus=0.5), "ray")
-    assert asked == [{"num_cpus": 1, "num_gpus": 0.5}]
+    for gpu in (False, True):
+        monkeypatch.setattr(executors.torch.cuda, "is_available", lambda: gpu)
+        same(quick, "ray", f"with a GPU: {gpu}")
+    assert asked == [{"num_cpus": 1, "num_gpus": n} for n in (0.5, 0, 1)]
 
 def test_what_executors_say(quick, monkeypatch):
     pictures = quick/"pictures.parquet"

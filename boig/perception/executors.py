@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from ..core import BoigError, closest, write_json, write_text
 from .shards import Shards, read_shard
@@ -81,12 +82,13 @@ def here(run: Run, shards: list[int]):
 def local(
     run: Run,
     shards: list[int],
-    processes: int | None = None, # None = one a core
+    processes: int | None = None, # None = one a GPU, or one a core where there is none
 ):
-    "In several processes of this machine, which share its cores."
-    cores = os.cpu_count() or 1
-    n = max(1, min(processes or cores, len(shards)))
-    parts = [subprocess.Popen([*run.command, str(k), str(n)], env=os.environ | {"OMP_NUM_THREADS": str(max(1, cores // n))}) for k in range(n)]
+    "In several processes of this machine, which share its cores and its GPUs."
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n = max(1, min(processes or gpus or cores, len(shards)))
+    own = [{"LOCAL_RANK": str(k % gpus)} if gpus else {} for k in range(n)]  # `get_device` reads it
+    parts = [subprocess.Popen([*run.command, str(k), str(n)], env=os.environ | {"OMP_NUM_THREADS": str(max(1, cores // n))} | own[k]) for k in range(n)]
     try: failed = [p.args for p in parts if p.wait()]
     finally:
         for p in parts: p.kill()
@@ -124,12 +126,13 @@ def _call(run: Run, i: int): run(i)
 def on_ray(
     run: Run,
     shards: list[int],
-    gpus: float = 0, # that one process holds; half a GPU is two processes on each
+    gpus: float | None = None, # that one process holds; half a GPU is two processes on each; None = one, or none if this machine has none
 ):
     "On the machines of a Ray cluster, or on this one if there is none."
     try: import ray
     except ImportError: raise BoigError("The executor 'ray' needs Ray: pip install ray") from None
     if not ray.is_initialized(): ray.init(log_to_driver=False)
+    if gpus is None: gpus = int(torch.cuda.is_available())
     call = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
     ray.get([call.remote(Run(str(Path(run.folder).absolute())), i) for i in shards])
 
@@ -148,5 +151,9 @@ def verbalize_with(
     work = write_job(table, folder, verbalizer, **options)
     shards = work.plan()
     lacking = [i for i, s in enumerate(shards) if read_shard(Path(folder)/"shards"/f"{s.key}.parquet", s) is None]
+    if lacking and executor in ("local", "ray"):  # their processes load models of their own, where these would lie in the way
+        work.verbalizer = None
+        for cache in (_models, _open): cache.cache_clear()
+        torch.cuda.empty_cache()
     if lacking: EXECUTORS.get(executor, executor)(Run(str(folder)), lacking)
     return work.assemble()
