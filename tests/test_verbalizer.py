@@ -309,11 +309,19 @@ def test_what_ran_is_described(paper, pocket):
     told = paper.describe()
     assert told["objects"]["tagger"]["name"] == "random-ram" and told["objects"]["grounder"]["name"] == "random-grounding-dino"
     assert told["mask"]["name"] == "random-u2netp" and told["captioner"]["name"] == "random-llava" and "<image>" in told["captioner"]["prompt"]
-    assert pocket.describe()["objects"] == {"name": "pocket-detector", "threshold": 0.5} and pocket.describe()["mask"] is None
+    assert pocket.describe()["objects"] == {"name": "pocket-detector", "threshold": 0.5} and pocket.describe()["mask"] is None and pocket.describe()["most"] == 0.5
     assert json.loads(json.dumps(told)) == told
 
 def test_the_published_thresholds(paper):
     assert (paper.objects.grounder.threshold, paper.mask.threshold) == (0.25, 0.5)
+
+def test_the_papers_first_listing_can_come_out(paper):
+    "Four objects that overlap: the paper's settings keep all, the pocket's do not."
+    boxes = {"jeans": (2076.67, 2542.5, 3023.88, 3827.01), "woman": (1892.94, 11.18, 4260.09, 3824.34),
+             "safety vest": (2160.75, 1410.95, 3668.16, 3826.63), "shirt": (2163.59, 1079.3, 4254.59, 3826.1)}
+    found = [Detection(n, 0.9 - 0.1 * i, tuple(x / 100 for x in b)) for i, (n, b) in enumerate(boxes.items())]
+    def seen(most): return set(Verbalizer(lambda images: [found] * len(images), most=most)(torch.rand(1, 3, 39, 58))[0].objects)
+    assert seen(paper.most) == set(boxes) and len(seen(0.5)) < 4 and paper.describe()["most"] == 1
 
 def test_a_plan_made_without_a_gpu_is_good_with_one(home, paper, images):
     "The captioner's dtype is in the key, so it must not follow the device."

@@ -71,6 +71,7 @@ class Verbalizer:
     mask: Callable | None = None # images -> masks [B, H, W] bool, and [B] bool: where there was no subject; None = the whole picture
     captioner: Callable | None = None # images -> list[str]; None = an alt text from what was seen
     batch_size: int = 64
+    most: float = 0.5 # IOU that two objects of a picture may have
     counts: Counter = field(default_factory=Counter) # of what happened so far
 
     def __call__(self, pictures) -> list[Verbalization]: # a tensor [B, 3, H, W] in [0, 1], or a list of tensors, files, PIL images
@@ -83,21 +84,21 @@ class Verbalizer:
 
     def describe(self) -> dict:
         "What ran: every part with its settings, and counts."
-        return {p: settings(getattr(self, p)) for p in ("objects", "mask", "captioner")} | {"counts": dict(self.counts)}
+        return {p: settings(getattr(self, p)) for p in ("objects", "mask", "captioner")} | {"most": self.most, "counts": dict(self.counts)}
 
     def _each(self, f, pictures) -> list:
         return [answer for part in parts_of(pictures, self.batch_size) for answer in by_size(lambda x, _: f(x), part, self.batch_size)]
 
     def _alt_texts(self, images: torch.Tensor) -> list[str]:
         height, width = images.shape[2:]
-        return [say(Verbalization({}, {}, settle(found, width, height))) for found in self.objects(images)]
+        return [say(Verbalization({}, {}, settle(found, width, height, self.most))) for found in self.objects(images)]
 
     def _verbalize(self, images: torch.Tensor) -> list[Verbalization]:
         masks, empty = (None, torch.zeros(0)) if self.mask is None else self.mask(images)
         self.counts.update({"pictures": len(images), "without a subject": int(empty.sum())})
         height, width = images.shape[2:]
         looks = verbalize_colors(*thin_out(images, masks))
-        return [Verbalization(*look, settle(found, width, height)) for look, found in zip(looks, self.objects(images), strict=True)]
+        return [Verbalization(*look, settle(found, width, height, self.most)) for look, found in zip(looks, self.objects(images), strict=True)]
 
 # %% ../../nbs/30_perception/37_verbalizer.ipynb #0f786a27
 @dataclass
@@ -125,7 +126,7 @@ def _paper(device, tagger="", grounder="IDEA-Research/grounding-dino-base", sali
     objects = TaggedObjects(load_ram(tagger, device), load_grounder(grounder, device))
     mask = None if saliency is None else load_saliency(saliency, device)
     says = None if captioner is None else load_captioner(captioner, device, torch.bfloat16)  # on a CPU too: a plan made there names the numbers that a GPU has
-    return Verbalizer(objects, mask, says, batch_size=8)
+    return Verbalizer(objects, mask, says, batch_size=8, most=1.0)
 
 _VERBALIZERS = {"pocket": _pocket, "paper": _paper}
 
