@@ -349,7 +349,7 @@ class Fake:
         texts = [json.dumps({"seen": hashlib.sha256(p).hexdigest()}) for p in pictures]
         return [types.SimpleNamespace(to_json=lambda t=t: t) for t in texts]
 stub = types.ModuleType("boig.perception.verbalizer")
-stub.load_verbalizer = lambda name: Fake()
+stub.load_verbalizer = lambda name, captions=True: Fake()
 """
 
 @pytest.fixture

@@ -336,6 +336,10 @@ def test_parts_can_be_left_out(home, images):
     assert plain.mask is None and [(t.colors, t.tones) for t in v] == verbalize_colors(images[:2])
     assert plain.caption(images[:2]) == [say(t) for t in v]
 
+def test_no_captioner_is_loaded_where_none_is_asked(home):
+    plain = load_verbalizer("paper", device="cpu", captions=False, tagger=home/"ram", grounder=str(home/"dino"), saliency=None, captioner="nowhere")
+    assert plain.captioner is None and load_verbalizer("pocket", device="cpu", captions=False).captioner is None
+
 def test_a_picture_without_tags_has_no_objects(paper, images, monkeypatch):
     monkeypatch.setattr(paper.objects.tagger, "thresholds", torch.ones_like(paper.objects.tagger.thresholds))
     assert all(v.objects == {} and v.colors for v in paper(images[:2]))

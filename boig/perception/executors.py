@@ -35,18 +35,18 @@ def write_job(
     if not isinstance(table, (str, Path)): raise BoigError("Other processes can't see a table in memory; write it to a Parquet file first.")
     job = {"table": str(Path(table).absolute()), "verbalizer": verbalizer, **options}
     write_json(Path(folder)/"job.json", job)
-    return Shards(table, folder, _models(verbalizer), **options)  # not the cached one: the table may have changed
+    return Shards(table, folder, _models(verbalizer, options.get("captions", True)), **options)  # not the cached one: the table may have changed
 
 @lru_cache(maxsize=1)
-def _models(verbalizer: str):
+def _models(verbalizer: str, captions: bool):
     from boig.perception.verbalizer import load_verbalizer
-    return load_verbalizer(verbalizer)
+    return load_verbalizer(verbalizer, captions=captions)
 
 @lru_cache(maxsize=1)
 def _open(folder: str, job: str, planned: int | None) -> Shards:
     "The work of a folder as it was planned at a time."
     job = json.loads(job)
-    return Shards(job.pop("table"), folder, _models(job.pop("verbalizer")), **job)
+    return Shards(job.pop("table"), folder, _models(job.pop("verbalizer"), job.get("captions", True)), **job)
 
 # %% ../../nbs/30_perception/39_executors.ipynb #48f700d7
 @dataclass(frozen=True)

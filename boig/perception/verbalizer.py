@@ -133,6 +133,7 @@ _VERBALIZERS = {"pocket": _pocket, "paper": _paper}
 def load_verbalizer(
     name: str = "pocket", # or "paper"
     device: str = "auto",
+    captions: bool = True, # False = it is never asked for one: no captioner is loaded
     **parts, # other weights: pocket has `detector`; paper `tagger`, `grounder`, `saliency`, `captioner` (None = without, for the last two)
 ) -> Verbalizer:
     "A verbalizer with its parts loaded; BoigError that names what is missing."
@@ -140,6 +141,7 @@ def load_verbalizer(
     known = list(signature(_VERBALIZERS[name]).parameters)[1:]
     for part in parts:
         if part not in known: raise closest(part, known, f"part of the {name} verbalizer")
+    if not captions and "captioner" in known: parts["captioner"] = None
     return _VERBALIZERS[name](device, **parts)
 
 # %% ../../nbs/30_perception/37_verbalizer.ipynb #c745ad92
