@@ -123,6 +123,10 @@ def test_boxes_and_scores_are_those_of_transformers(grounder, images):
                 compared += 1
     assert compared > 5
 
+def test_a_box_is_in_pixels_of_a_picture_that_is_no_square():
+    found = read_boxes(torch.tensor([[-9.0, 3.0, -9.0]]), torch.tensor([[0.5, 0.25, 0.5, 0.5]]), [("cat", slice(1, 2))], width=80, height=20, threshold=0.25)
+    assert [(d.name, d.box) for d in found] == [("cat", (20, 0, 60, 10))]
+
 def test_boxes_do_not_depend_on_the_batch_and_are_in_the_pictures_pixels(grounder, images):
     tags = [["cat"], ["shoe", "hat", "teddy bear"], [], ["tree"]]
     together = grounder(images[:4], tags)
