@@ -301,6 +301,15 @@ def test_quantised_weights_need_an_adapter(tok):
     with pytest.raises(BoigError, match="set lora_rank"): add_lora(model, 0, "x")
 
 
+def test_quantised_weights_are_checkpointed_in_a_way_that_several_processes_bear(tok, monkeypatch):
+    given, model = {}, small(tok)
+    model.is_quantized = True
+    monkeypatch.setattr(module, "prepare_model_for_kbit_training", lambda model, **how: given.update(how) or model)
+    monkeypatch.setattr(module, "get_peft_model", lambda model, config: SimpleNamespace(peft_config={"default": config}))
+    assert add_lora(model, 2, "x").peft_config["default"].lora_alpha == 4
+    assert given["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
 def test_a_llama_2_checkpoint_in_the_hubs_layout(tok, told, tmp_path):
     "Llama-2's class, its kind of configuration, sharded weights: tiny and random, through the loader of the 13B."
     torch.manual_seed(0)

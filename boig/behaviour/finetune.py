@@ -154,7 +154,8 @@ def add_lora(
     quantized = getattr(model, "is_quantized", False)
     if quantized and not rank: raise BoigError("Weights in 4 or 8 bits cannot be trained themselves: set lora_rank, or bits = 0.")
     if not rank: return model
-    if quantized: model = prepare_model_for_kbit_training(model)
+    # the reentrant kind, PEFT's default, marks a parameter ready twice, and several processes stop at it
+    if quantized: model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.peft_config["default"].base_model_name_or_path = base  # not this machine's cache folder
     return model
