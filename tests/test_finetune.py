@@ -263,6 +263,9 @@ def test_two_processes_end_where_one_does(tok, told, tmp_path):
 def test_a_failure_in_another_process_is_told(tok, told, tmp_path):
     with pytest.raises(BoigError, match="Fine-tuning in 2 processes failed: A batch of 3 rows cannot be cut"):
         launch("pocket-llama", told[:4], told[4:6], tmp_path, 2, device="cpu", steps=1, batch_size=3, eval_every=1)
+    with pytest.raises(BoigError, match=r"(?s)Traceback.*TypeError: .*launch\.log"):  # no word of ours, but the words that help
+        launch("pocket-llama", told[:4], told[4:6], tmp_path, 2, device="cpu", steps=1, batch_size=2, eval_every=1, max_length=None)
+    assert "TypeError" in (tmp_path/"launch.log").read_text()
 
 
 def test_what_several_processes_trained_comes_back_as_they_stored_it(tok, told, tmp_path, monkeypatch):

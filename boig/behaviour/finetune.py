@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
 from functools import cached_property
@@ -340,11 +341,12 @@ def launch(
     write_json(run_dir/"job.json", job | {k: [[asdict(e) for e in g] for g in part] for k, part in (("train", train), ("valid", valid))})
     start = (["torch.distributed.run", "--standalone", "--nproc_per_node"] if get_device(device).type == "cpu" else  # accelerate starts several only on GPUs
              ["accelerate.commands.launch", "--num_processes"])
-    done = subprocess.run([sys.executable, "-m", *start, str(processes), "--no_python", sys.executable, "-c",
-                           "from boig.behaviour.finetune import main; main()", str(run_dir)], capture_output=True, text=True)
+    with open(told := run_dir/"launch.log", "w") as printed:
+        done = subprocess.run([sys.executable, "-m", *start, str(processes), "--no_python", sys.executable, "-c",
+                               "from boig.behaviour.finetune import main; main()", str(run_dir)], stdout=printed, stderr=subprocess.STDOUT)
     if done.returncode:
-        said = trouble.read_text(encoding="utf-8") if trouble.exists() else done.stderr.strip()[-2000:]
-        raise BoigError(f"Fine-tuning in {processes} processes failed: {said}")
+        said = (trouble if trouble.exists() else told).read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        raise BoigError(f"Fine-tuning in {processes} processes failed: {said} (All that they printed: {told})")
     return *load_llm(str(run_dir/"model"), device, bits), json.loads((run_dir/"log.json").read_text())
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #7fdbbb02
@@ -363,8 +365,9 @@ def main():
     job = json.loads((run_dir/"job.json").read_text())
     train, valid = ([[Example(**e) for e in g] for g in job[k]] for k in ("train", "valid"))
     try: model, tokenizer, log = _run_job(job, train, valid, run_dir)
-    except BoigError as e:
-        write_text(run_dir/"trouble.txt", str(e))
+    except Exception as e:
+        # the first to fail says why; the others only miss it
+        if not (trouble := run_dir/"trouble.txt").exists(): write_text(trouble, str(e) if isinstance(e, BoigError) else traceback.format_exc())
         raise
     if PartialState().is_main_process:
         save_llm(model, tokenizer, run_dir/"model")
