@@ -1,10 +1,15 @@
 "What fine-tuning weighs and how its rows are shared out: over samples, parts, processes."
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -266,6 +271,33 @@ def test_a_failure_in_another_process_is_told(tok, told, tmp_path):
     with pytest.raises(BoigError, match=r"(?s)Traceback.*TypeError: .*launch\.log"):  # no word of ours, but the words that help
         launch("pocket-llama", told[:4], told[4:6], tmp_path, 2, device="cpu", steps=1, batch_size=2, eval_every=1, max_length=None)
     assert "TypeError" in (tmp_path/"launch.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there can a process ask to be killed with its parent")
+def test_a_killed_run_leaves_no_process_training(tok, told, tmp_path):
+    save_llm(small(tok), tok, tmp_path/"base")
+    parts = [[[vars(e) for e in g] for g in part] for part in (told[:8], told[8:10])]
+    (tmp_path/"parts.json").write_text(json.dumps(parts))
+    (tmp_path/"go.py").write_text(f"""import json
+from boig.behaviour.finetune import launch
+from boig.benches.instructions import Example
+train, valid = ([[Example(**e) for e in g] for g in p] for p in json.load(open({str(tmp_path/"parts.json")!r})))
+launch({str(tmp_path/"base")!r}, train, valid, {str(tmp_path/"run")!r}, 2, device="cpu", steps=3000, batch_size=4, eval_every=5)
+""")
+    def training(): return [p.pid for p in psutil.process_iter(["cmdline"]) if str(tmp_path/"run") in (p.info["cmdline"] or [])]
+    def wait(done):
+        end = time.time() + 60
+        while not done() and time.time() < end: time.sleep(0.2)
+        return done()
+    ours = subprocess.Popen([sys.executable, str(tmp_path/"go.py")])
+    try:
+        assert wait(lambda: (tmp_path/"run"/"checkpoint-5"/"complete.json").exists()) and len(training()) == 3  # the launcher and two workers
+        ours.kill()
+        ours.wait()
+        assert wait(lambda: not training())
+    finally:
+        ours.kill()
+        for pid in training(): os.kill(pid, 9)
 
 
 def test_what_several_processes_trained_comes_back_as_they_stored_it(tok, told, tmp_path, monkeypatch):

@@ -326,6 +326,16 @@ def save_llm(model, tokenizer, folder):
         os.replace(f"{tmp}/model", folder)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #78400520
+# on Linux a process of a killed run is killed too, before it becomes the program it is for: the launcher with us, each worker with the launcher
+_LEASH = """import os, sys
+if sys.platform == 'linux':
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9) # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() == int(os.environ['BOIG_PARENT']):
+    os.environ['BOIG_PARENT'] = str(os.getpid())
+    os.execv(sys.argv[1], sys.argv[1:])"""
+_LEASHED = [sys.executable, "-P", "-c", _LEASH, sys.executable]
+
 def launch(
     llm: str, # zoo name, local folder or hub id
     train: list[list[Example]], valid: list[list[Example]], # as `finetune`
@@ -342,8 +352,8 @@ def launch(
     start = (["torch.distributed.run", "--standalone", "--nproc_per_node"] if get_device(device).type == "cpu" else  # accelerate starts several only on GPUs
              ["accelerate.commands.launch", "--num_processes"])
     with open(told := run_dir/"launch.log", "w") as printed:
-        done = subprocess.run([sys.executable, "-m", *start, str(processes), "--no_python", sys.executable, "-c",
-                               "from boig.behaviour.finetune import main; main()", str(run_dir)], stdout=printed, stderr=subprocess.STDOUT)
+        done = subprocess.run([*_LEASHED, "-m", *start, str(processes), "--no_python", *_LEASHED, "-c", "from boig.behaviour.finetune import main; main()", str(run_dir)],
+                              env=os.environ | dict(BOIG_PARENT=str(os.getpid())), stdout=printed, stderr=subprocess.STDOUT)
     if done.returncode:
         said = (trouble if trouble.exists() else told).read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise BoigError(f"Fine-tuning in {processes} processes failed: {said} (All that they printed: {told})")
