@@ -188,6 +188,13 @@ def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BoigError, match="8 rows cannot be cut into 3 processes × 1 parts"): training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "cpu")
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_parted_weights_are_refused(tok, told, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(BoigError, match=f"started with {kind}, which parts the weights"): training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "cpu")
+    with pytest.raises(BoigError, match=f"started with {kind}"): launch("no such model", told[:4], told[4:6], tmp_path, device="cpu")  # before it is looked for
+
+
 def test_finished_training_called_again_gives_the_same_model(tok, told, tmp_path):
     first, _ = run(tok, told, tmp_path)
     again, _ = run(tok, told, tmp_path)

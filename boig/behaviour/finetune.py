@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECES', 'fixed_texts', 'train_tokenizer', 'valid_examples', 'examples_of', 'make_llama', 'quantization', 'load_llm',
-           'add_lora', 'best_checkpoint', 'last_checkpoint', 'training_arguments', 'what_is_learnt', 'keep_to_plan',
-           'finetune', 'save_llm', 'launch', 'main']
+           'add_lora', 'best_checkpoint', 'last_checkpoint', 'check_launch', 'training_arguments', 'what_is_learnt',
+           'keep_to_plan', 'finetune', 'save_llm', 'launch', 'main']
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #739993ec
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import SequentialSampler
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
@@ -210,8 +211,15 @@ def last_checkpoint(run_dir) -> Path | None:
     return next((p for p in reversed(found) if (p/_WHOLE).exists()), None)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #253cb1ee
+def check_launch():
+    "BoigError if accelerate was started with parted weights, which our checkpoints and `save_llm` know nothing of."
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise BoigError(f"accelerate was started with {kind}, which parts the weights; here each process trains with all of them. Choose plain multi-GPU in `accelerate config`.")
+
 def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device) -> TrainingArguments:
     "The paper's schedule (appendix A.2) as transformers' arguments; its 'warmup learning rate scheduler: cosine' is read as a linear warm-up, then a cosine to 0."
+    check_launch()
     kind, processes = get_device(device).type, int(os.environ.get("WORLD_SIZE", 1))
     at_once, rest = divmod(batch_size, processes * accumulation)
     if rest: raise BoigError(f"A batch of {batch_size} rows cannot be cut into {processes} processes × {accumulation} parts. Change batch_size or accumulation.")
@@ -362,6 +370,7 @@ def launch(
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #7fdbbb02
 def _run_job(job: dict, train, valid, run_dir: Path) -> tuple: # model, tokenizer, log
     "What one process does."
+    check_launch()  # before the weights are read
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # of several processes each puts the model where accelerate says; quantised weights must lie on its own GPU from the start
     place = job["device"] if alone else f"cuda:{os.environ['LOCAL_RANK']}" if job["bits"] else "cpu"
