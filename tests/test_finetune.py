@@ -183,6 +183,50 @@ def test_the_validation_loss_is_one_ratio_of_sums(tok, told, tmp_path):
     assert next(l["eval_loss"] for l in log if "eval_loss" in l) == pytest.approx(by_hand.item(), abs=1e-5)
 
 
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tok, told, tmp_path):
+    log = finetune(small(tok), tok, told[:8], told[8:10], tmp_path, steps=20, batch_size=4, eval_every=20, learning_rate=1e-3, warmup_ratio=0.1, device="cpu")
+    rates = [l["learning_rate"] for l in log if "learning_rate" in l]
+    np.testing.assert_allclose(rates, [1e-3 * (t / 2 if t < 2 else (1 + np.cos(np.pi * (t - 2) / 18)) / 2) for t in range(20)], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_gpu_computes_in_bfloat16_and_a_cpu_does_not(tmp_path, monkeypatch, kind):
+    given = {}
+    monkeypatch.setattr(module, "get_device", lambda device: torch.device(kind))
+    monkeypatch.setattr(module, "TrainingArguments", lambda **args: given.update(args) or SimpleNamespace(n_gpu=1))
+    training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "auto")
+    assert given["bf16"] == (kind == "cuda")
+
+
+def test_4_bits_are_qloras(monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(module, "BitsAndBytesConfig", lambda **args: args)
+    assert module.quantization(4) == dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    assert module.quantization(8) == dict(load_in_8bit=True) and module.quantization(0) is None
+
+
+def test_an_adapter_counts_twice_its_rank(tok): assert add_lora(small(tok), 3, "x").peft_config["default"].lora_alpha == 6
+
+
+class Poison(TrainerCallback):
+    "Make the second step's gradient NaN, and keep the weights after each."
+    def __init__(self): self.weights = []
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1: self.hook = model.model.norm.weight.register_hook(lambda g: g * torch.nan)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2: self.hook.remove()
+        self.weights.append({k: v.clone() for k, v in model.state_dict().items()})
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(tok, told, tmp_path):
+    poison = Poison()
+    with pytest.warns(UserWarning, match="Step 2 is left out"):
+        log = finetune(small(tok), tok, told[:8], told[8:10], tmp_path, steps=3, batch_size=4, eval_every=3, learning_rate=1e-3, device="cpu", callbacks=(poison,))
+    before, left_out, after = poison.weights
+    assert all(torch.equal(before[k], left_out[k]) for k in before) and not all(torch.equal(before[k], after[k]) for k in before)
+    assert all(v.isfinite().all() for v in after.values()) and [l["step"] for l in log if "left_out" in l] == [2]
+
+
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(BoigError, match="8 rows cannot be cut into 3 processes × 1 parts"): training_arguments(tmp_path, 1, 8, 1, 1e-3, 0, 1, 0, "cpu")
