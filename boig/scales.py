@@ -75,6 +75,7 @@ class BoigLLMScale:
     processes: int # that train together, one a GPU
     accumulation: int # parts that a step's rows come in
     pack: int # tokens of a row that holds several samples; 0 = a row a sample
+    checkpointing: bool # of gradients: less memory, more time, same result
     behaviour_weight: float # of the tokens that tell behaviour, beside those of the verbalisation
     noise: float # on the behaviour in Listings 2 and 3
     noise_kind: str # "uniform": every value; "samples": that share of rows

@@ -20,6 +20,7 @@ from boig.behaviour.finetune import add_lora, examples_of, finetune, fixed_texts
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, Example
 from boig.core import BoigError
+from boig.scales import load_scale
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def run(tok, groups, folder, **options):
     return model.state_dict(), [l["loss"] for l in log if "loss" in l]
 
 
-@pytest.mark.parametrize("options", [dict(accumulation=4), dict(pack=300), dict(accumulation=2, pack=300)], ids=str)
+@pytest.mark.parametrize("options", [dict(accumulation=4), dict(pack=300), dict(accumulation=2, pack=300), dict(checkpointing=True)], ids=str)
 def test_parts_and_packing_change_nothing_but_rounding(tok, told, tmp_path, options):
     whole, losses = run(tok, told, tmp_path/"a")
     other, same = run(tok, told, tmp_path/"b", **options)
@@ -225,6 +226,26 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tok, told, tmp_path):
     before, left_out, after = poison.weights
     assert all(torch.equal(before[k], left_out[k]) for k in before) and not all(torch.equal(before[k], after[k]) for k in before)
     assert all(v.isfinite().all() for v in after.values()) and [l["step"] for l in log if "left_out" in l] == [2]
+
+
+def checkpointed(model): return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+class Watch(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs): self.on = checkpointed(model)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_is_on_while_a_model_trains(tok, told, tmp_path, rank):
+    watch, model = Watch(), add_lora(small(tok), rank, "x")
+    finetune(model, tok, told[:8], told[8:10], tmp_path, steps=1, batch_size=4, eval_every=1, device="cpu", checkpointing=True, callbacks=(watch,))
+    assert watch.on and not checkpointed(model)
+
+
+def test_papers_13b_is_checkpointed_without_reentrance(tmp_path):
+    s = load_scale("paper").boig_llm
+    given = training_arguments(tmp_path, s.steps, s.batch_size, s.accumulation, s.learning_rate, s.warmup_ratio, s.eval_every, 0, "cpu", s.checkpointing)
+    assert given.gradient_checkpointing and given.gradient_checkpointing_kwargs == {"use_reentrant": False}
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
@@ -308,7 +329,7 @@ def test_two_processes_end_where_one_does(tok, told, tmp_path):
     save_llm(small(tok), tok, tmp_path/"base")
     options = dict(steps=4, batch_size=8, eval_every=2, learning_rate=1e-3, seed=1)
     one, _, log1 = launch(str(tmp_path/"base"), told[:21], told[21:25], tmp_path/"one", 1, device="cpu", **options)
-    two, _, log2 = launch(str(tmp_path/"base"), told[:21], told[21:25], tmp_path/"two", 2, device="cpu", **options, accumulation=2, pack=300)
+    two, _, log2 = launch(str(tmp_path/"base"), told[:21], told[21:25], tmp_path/"two", 2, device="cpu", **options, accumulation=2, pack=300, checkpointing=True)
     one, two = one.state_dict(), two.state_dict()
     assert max((one[k] - two[k]).abs().max() for k in one) < 2e-5
     assert any(not torch.equal(one[k], v) for k, v in small(tok).state_dict().items())  # it did train

@@ -217,7 +217,7 @@ def check_launch():
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise BoigError(f"accelerate was started with {kind}, which parts the weights; here each process trains with all of them. Choose plain multi-GPU in `accelerate config`.")
 
-def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device) -> TrainingArguments:
+def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device, checkpointing=False) -> TrainingArguments:
     "The paper's schedule (appendix A.2) as transformers' arguments; its 'warmup learning rate scheduler: cosine' is read as a linear warm-up, then a cosine to 0."
     check_launch()
     kind, processes = get_device(device).type, int(os.environ.get("WORLD_SIZE", 1))
@@ -229,6 +229,7 @@ def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, 
         eval_strategy="steps", eval_steps=min(eval_every, steps), save_strategy="steps", save_steps=min(eval_every, steps), save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", seed=seed, data_seed=seed, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, use_cpu=kind == "cpu", bf16=kind == "cuda", dataloader_pin_memory=False, log_level="error",
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}, # as in `add_lora`
         label_names=["labels"], ddp_backend="gloo" if kind == "cpu" and processes > 1 else None)
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs mean several processes; one process would split its batch and count N_V anew in each part
     return args
@@ -300,6 +301,7 @@ def finetune(
     eval_every: int = 40, max_length: int = 2048, seed: int = 42, device: str = "auto",
     accumulation: int = 1, # parts that a step's rows come in
     pack: int = 0, # tokens of a row that holds several samples; 0 = a row a sample
+    checkpointing: bool = False, # of gradients: less memory, more time, same result
     behaviour_weight: float = 1.0, # β of the loss
     callbacks: tuple = (), # transformers TrainerCallbacks
 ) -> list[dict]: # the log: step, loss, eval_loss, …
@@ -309,7 +311,7 @@ def finetune(
     # on a CPU and texts of a few hundred tokens, plain products train 1.7 times as fast as fused attention
     if get_device(device).type == "cpu": model.set_attn_implementation("eager")
     if pack and (through := leak(model)) > 0.05: raise BoigError(f"{type(model).__name__} lets packed samples see each other ({through:.2f} standard deviations of a logit). Set pack = 0.")
-    args = training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device)
+    args = training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device, checkpointing)
     data, judged = GroupDataset(train, tokenizer, max_length, behaviour_weight), GroupDataset([g[:1] for g in valid], tokenizer, max_length)
     plan = what_is_learnt(model, data, judged, steps=steps, batch_size=batch_size, learning_rate=learning_rate, warmup_ratio=warmup_ratio,
                           eval_every=eval_every, seed=seed, behaviour_weight=behaviour_weight)
@@ -321,6 +323,7 @@ def finetune(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best_checkpoint(run_dir, trainer.state)  # if it is not there, transformers has left the last weights in their place
     model.set_attn_implementation(attention)
+    if checkpointing: model.gradient_checkpointing_disable()
     return trainer.state.log_history
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #ad762bfa
