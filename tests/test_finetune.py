@@ -402,6 +402,20 @@ def test_qlora_without_its_package_is_one_clear_line(monkeypatch):
     with pytest.raises(BoigError, match="in 4 or 8 bits"): load_llm("pocket-llama", "cpu", bits=3)
 
 
+def test_models_answer_in_bfloat16_on_a_gpu_and_train_in_float32(told, tmp_path, monkeypatch):
+    assert load_llm("pocket-llama", "cpu")[0].dtype == torch.float32 and load_llm("pocket-llama", "cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has)
+        assert module._answering_dtype("cuda") == dtype and module._answering_dtype("cpu") == torch.float32
+    asked = []
+    def spy(*args):
+        asked.extend(args)
+        raise InterruptedError
+    monkeypatch.setattr(module, "load_llm", spy)
+    with pytest.raises(InterruptedError): launch("pocket-llama", told[:4], told[4:6], tmp_path)
+    assert asked[3] == torch.float32
+
+
 def test_quantised_weights_need_an_adapter(tok):
     model = small(tok)
     model.is_quantized = True

@@ -1,4 +1,9 @@
 "Whether scores rank outcomes: statistics against formulas by hand, and scores that are known to rank or not."
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +15,7 @@ from boig.behaviour.ranking import behaviour_worth, llm_scores, look_features, r
 from boig.behaviour.reward import score_plainly
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, listing1
-from boig.core import BoigError
+from boig.core import BoigError, project_root
 from boig.data.verbalization import Verbalization, parse
 
 
@@ -173,3 +178,21 @@ def test_worth_of_behaviour_by_hand(llm, bench):
         assert np.allclose(found.iloc[i], [told - logp(other.iloc[i], True, i), told - logp(rows.iloc[i], False, i)], atol=2e-3)
     same = rows.assign(**{k: rows[k].iloc[0] for k in EMOJIBENCH.behaviour_columns})
     assert np.allclose(behaviour_worth(llm, llm, same, EMOJIBENCH).iloc[:, 0], 0, atol=1e-4)
+
+
+def test_the_notebook_holds_two_language_models_at_once():
+    "BoigLLM and its twin, each of 13B at paper scale; those of one benchmark go before those of the next come."
+    cells = json.loads((project_root()/"nbs"/"90_experiments"/"boig_ranking.ipynb").read_text(encoding="utf-8"))["cells"]
+    cell = next("".join(c["source"]) for c in cells if "load_llm(str(" in "".join(c["source"]))
+    class Model:
+        def parameters(self): return []
+    alive, most = weakref.WeakSet(), []
+    def load(name):
+        alive.add(model := Model())
+        most.append(len(alive))
+        return model, None
+    table = pd.DataFrame({"id": ["a"], "split": ["train"], "verbalization": ["{}"]})
+    exec(cell, dict(tests={b: table for b in ("x", "y", "z")}, data={b: table for b in ("x", "y", "z")}, ENDINGS=dict.fromkeys("xyz", ""), SPECS=dict.fromkeys("xyz"), results=Path(), run_dir=Path(), seed=0, pd=pd,
+                    perf_counter=lambda: 0, load_llm=load, parse=lambda v: SimpleNamespace(value=v), constant_answer=lambda v: SimpleNamespace(to_json=lambda: ""),
+                    fingerprint=lambda p: "", once=lambda folder, name, make, *of: table))
+    assert len(most) == 6 and max(most) == 2

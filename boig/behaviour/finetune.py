@@ -126,10 +126,14 @@ def quantization(bits: int): # 0 = none, 4 or 8
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #1b8a1fd7
+def _answering_dtype(kind: str): # "cuda", "cpu" …
+    return torch.bfloat16 if kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
 def load_llm(
     name: str, # zoo name, local folder or hub id
     device: str = "auto",
     bits: int = 0, # 4 or 8: frozen weights are stored so (needs bitsandbytes); 0 = as they are
+    dtype=None, # of weights that are not stored in bits; None = bfloat16 on a GPU that has it, else float32
 ) -> tuple: # model, tokenizer
     "A pre-trained causal language model, or a LoRA adapter on its base, with its tokenizer, padded on the right."
     path, stored = resolve(name), quantization(bits)
@@ -137,10 +141,9 @@ def load_llm(
     folder = path.parent if where else path
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     adapter = json.loads((path/"adapter_config.json").read_text()) if (path/"adapter_config.json").is_file() else None
-    if adapter: model = PeftModel.from_pretrained(load_llm(adapter["base_model_name_or_path"], device, bits)[0], path)
+    if adapter: model = PeftModel.from_pretrained(load_llm(adapter["base_model_name_or_path"], device, bits, dtype)[0], path)
     elif stored: model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=stored, device_map={"": get_device(device)})
-    # float32 also on a GPU: in bfloat16, a step of 2e-6 is lost to rounding; training computes in bfloat16 there (`training_arguments`)
-    else: model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where)
+    else: model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or _answering_dtype(get_device(device).type), **where)
     if where: _forget_quantization(model)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -368,7 +371,7 @@ def launch(
     if done.returncode:
         said = (trouble if trouble.exists() else told).read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise BoigError(f"Fine-tuning in {processes} processes failed: {said} (All that they printed: {told})")
-    return *load_llm(str(run_dir/"model"), device, bits), json.loads((run_dir/"log.json").read_text())
+    return *load_llm(str(run_dir/"model"), device, bits, torch.float32), json.loads((run_dir/"log.json").read_text())
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #7fdbbb02
 def _run_job(job: dict, train, valid, run_dir: Path) -> tuple: # model, tokenizer, log
@@ -377,7 +380,8 @@ def _run_job(job: dict, train, valid, run_dir: Path) -> tuple: # model, tokenize
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # of several processes each puts the model where accelerate says; quantised weights must lie on its own GPU from the start
     place = job["device"] if alone else f"cuda:{os.environ['LOCAL_RANK']}" if job["bits"] else "cpu"
-    model, tokenizer = load_llm(job["llm"], place, job["bits"])
+    # float32 also on a GPU: in bfloat16, a step of 2e-6 is lost to rounding; training computes in bfloat16 there (`training_arguments`)
+    model, tokenizer = load_llm(job["llm"], place, job["bits"], torch.float32)
     model = add_lora(model, job["lora_rank"], job["llm"])
     return model, tokenizer, finetune(model, tokenizer, train, valid, run_dir, device=job["device"], **job["options"])
 
