@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from boig.behaviour import finetune as module
 from boig.behaviour.batches import GroupDataset, PackGroups, PadGroups, Rounds, encode_example, fit_rows, leak, verbalization_in, weighted_loss
 from boig.behaviour.finetune import add_lora, examples_of, finetune, fixed_texts, launch, load_llm, make_llama, save_llm, train_tokenizer, training_arguments
+from boig.behaviour.reward import load_boig
 from boig.benches.emojibench import build_benchmark
 from boig.benches.instructions import EMOJIBENCH, Example
 from boig.core import BoigError
@@ -414,6 +415,25 @@ def test_models_answer_in_bfloat16_on_a_gpu_and_train_in_float32(told, tmp_path,
     monkeypatch.setattr(module, "load_llm", spy)
     with pytest.raises(InterruptedError): launch("pocket-llama", told[:4], told[4:6], tmp_path)
     assert asked[3] == torch.float32
+
+
+def test_an_adapter_remembers_the_bits_it_was_trained_on(tok, tmp_path, monkeypatch):
+    "Later stages ask for no bits; they get the base as it was, or an error, and no silent float32."
+    save_llm(small(tok), tok, tmp_path/"base")
+    model, _ = load_llm(str(tmp_path/"base"), "cpu")
+    save_llm(add_lora(model, 2, str(tmp_path/"base")), tok, tmp_path/"plain")
+    model.boig_bits = 4  # as `load_llm` marks it
+    save_llm(add_lora(model, 2, str(tmp_path/"base")), tok, tmp_path/"adapter")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for load in (load_llm, load_boig):
+        with pytest.raises(BoigError, match="in 4 bits .QLoRA. need the package"): load(str(tmp_path/"adapter"), device="cpu")
+    assert load_llm(str(tmp_path/"plain"), "cpu")[0].boig_bits == 0 and not (tmp_path/"plain"/"bits.json").exists()
+    load_llm(str(tmp_path/"adapter"), "cpu", bits=0)  # if one insists
+
+
+def test_gguf_weights_are_not_quantised_again(tmp_path):
+    (tmp_path/"m.gguf").touch()
+    with pytest.raises(BoigError, match="quantised already: set bits = 0"): load_llm(str(tmp_path/"m.gguf"), "cpu", bits=4)
 
 
 def test_quantised_weights_need_an_adapter(tok):

@@ -126,18 +126,23 @@ def quantization(bits: int): # 0 = none, 4 or 8
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #1b8a1fd7
+_BITS = "bits.json" # beside an adapter: how its base was stored while it was trained
+
 def _answering_dtype(kind: str): # "cuda", "cpu" …
     return torch.bfloat16 if kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 def load_llm(
     name: str, # zoo name, local folder or hub id
     device: str = "auto",
-    bits: int = 0, # 4 or 8: frozen weights are stored so (needs bitsandbytes); 0 = as they are
+    bits: int | None = None, # 4 or 8: frozen weights are stored so (needs bitsandbytes); 0 = as they are; None = as an adapter was trained, else 0
     dtype=None, # of weights that are not stored in bits; None = bfloat16 on a GPU that has it, else float32
 ) -> tuple: # model, tokenizer
     "A pre-trained causal language model, or a LoRA adapter on its base, with its tokenizer, padded on the right."
-    path, stored = resolve(name), quantization(bits)
+    path = resolve(name)
     where = dict(gguf_file=path.name) if path.suffix == ".gguf" else {}
+    if bits is None: bits = json.loads((path/_BITS).read_text())["bits"] if (path/_BITS).is_file() else 0
+    if bits and where: raise BoigError(f"{name} has GGUF weights, which are quantised already: set bits = 0.")
+    stored = quantization(bits)
     folder = path.parent if where else path
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     adapter = json.loads((path/"adapter_config.json").read_text()) if (path/"adapter_config.json").is_file() else None
@@ -145,6 +150,7 @@ def load_llm(
     elif stored: model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=stored, device_map={"": get_device(device)})
     else: model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or _answering_dtype(get_device(device).type), **where)
     if where: _forget_quantization(model)
+    model.boig_bits = bits  # for `save_llm`
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return (model if stored else model.to(get_device(device))), tokenizer
@@ -335,6 +341,7 @@ def save_llm(model, tokenizer, folder):
     folder = Path(folder)
     with scratch(folder) as tmp:
         model.save_pretrained(f"{tmp}/model")
+        if bits := getattr(model, "boig_bits", 0): write_json(f"{tmp}/model/{_BITS}", dict(bits=bits))
         tokenizer.save_pretrained(f"{tmp}/model")
         if folder.exists(): os.replace(folder, f"{tmp}/old")
         os.replace(f"{tmp}/model", folder)
