@@ -68,7 +68,7 @@ def is_public(address: str) -> bool:
 @dataclass(frozen=True)
 class Limits:
     "What a picture, and a download, may cost."
-    size: int = 20_000_000 # bytes of a picture
+    size: int = 20_000_000 # bytes of a picture; files of a folder that is only read may be larger
     number: float = inf # pictures fetched by one call
     seconds: float = 60 # of one try, from the look-up of the name to the last byte
     tries: int = 4 # for what may pass: time-outs, broken connections, busy servers
@@ -205,12 +205,12 @@ def _places(folder: Path, wanted: dict, by_name: bool) -> dict[str, Path]: # key
     return {p.stem: p for p in sorted(folder.glob("[!.]*")) if p.is_file()}
 
 # %% ../../nbs/48_benches/53_media.ipynb #f25d6074
-def _look(place: Path, folder: Path, limits: Limits, unpack: bool) -> Path:
+def _look(place: Path, folder: Path, most: float, unpack: bool) -> Path:
     "A file on disk; LeftOut unless it is a picture."
     try:
         if not place.resolve().is_relative_to(folder.resolve()): raise LeftOut("outside the folder", place.name)
         if not place.is_file(): raise LeftOut("no file", place.name)
-        if (size := place.stat().st_size) > limits.size: raise LeftOut("too large", f"{size:,} bytes, more than {limits.size:,}")
+        if (size := place.stat().st_size) > most: raise LeftOut("too large", f"{size:,} bytes, more than {most:,}")
         with place.open("rb") as f: data = f.read() if unpack else f.read(12)
     except (OSError, ValueError, RuntimeError) as e: raise LeftOut("cannot be opened", str(e)[:120]) from None  # a name that no file can have, a loop of links, no right to read
     if unpack: inspect(data)
@@ -268,7 +268,7 @@ def collect_media(
         bring = _Download(folder, net, rest)
         def one(k):
             try:
-                if k in there: return _look(there[k], folder, limits, unpack)
+                if k in there: return _look(there[k], folder, limits.size if download else inf, unpack)  # your own files may be large
                 if not download: raise LeftOut("no file")
                 return bring(k, *wanted[k])
             except LeftOut as e: return e
