@@ -634,6 +634,7 @@ def test_pull_pages_resumes_and_is_a_source(tmp_path, token):
     whole = X()
     assert go(whole, tmp_path/"whole") == {} and len(whole.seen) == 6
     assert whole.seen[0].url.params["start_time"] == "2018-01-01T00:00:00Z" and whole.seen[0].url.params["expansions"] == "attachments.media_keys,author_id"
+    assert whole.seen[0].url.params["max_results"] == "500" and "referenced_tweets" in whole.seen[0].url.params["tweet.fields"]  # the most that a page may hold
     files = {p.name: p.read_bytes() for p in (tmp_path/"whole").iterdir()}
     assert len(files) == 2 and all(data.count(b"\n") == 3 for data in files.values())
     def dies(request): raise KeyboardInterrupt
@@ -647,6 +648,16 @@ def test_pull_pages_resumes_and_is_a_source(tmp_path, token):
     go(again, tmp_path/"whole")
     assert not again.seen
     assert write_posts(tmp_path/"whole", tmp_path/"posts.parquet").accounts == 3
+
+
+def test_an_own_tweet_that_begins_as_a_retweet_is_kept(tmp_path, token):
+    "What was pulled says what each tweet refers to: X leaves out an empty list, `pull` writes it."
+    page = json.loads(HAND[0]) | {"meta": {"result_count": 5}}
+    page["data"][0] |= {"text": "RT @us to win a shoe!"}
+    page["data"][1] |= {"text": "RT @fan: so true", "referenced_tweets": [{"type": "retweeted", "id": "1"}]}
+    go(lambda r: httpx.Response(200, json=page), tmp_path/"pulled", ["nike"])
+    s = write_posts(tmp_path/"pulled", tmp_path/"posts.parquet")
+    assert s.retweets == 1 and "RT @us to win a shoe!" in set(table(tmp_path/"posts.parquet").text)
 
 
 def test_pull_waits_and_tries_again(tmp_path, token):

@@ -150,7 +150,7 @@ def page_rows(
         yield [(number, p[0], *about, *p[1:], i) for i, p in enumerate(pictures, 1)] or [(number, None, *about, *[None] * 5, 0)]
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #b24ae6cc
-LONGEST = 2**26 # bytes of a line; a page has about 10^5
+LONGEST = 2**26 # bytes of a line; a page has 10^5 to 10^6
 
 def _lines(path): # yields bytes, or None for a line that is too long
     "The lines of a plain or packed file."
@@ -387,8 +387,8 @@ def wikidata_handles(
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #165b6d5a
 SEARCH = "https://api.x.com/2/tweets/search/all"
-ASK_FOR = {"expansions": "attachments.media_keys,author_id", "max_results": "100", "user.fields": "username,name",
-           "tweet.fields": "created_at,public_metrics,attachments,author_id,lang,entities",
+ASK_FOR = {"expansions": "attachments.media_keys,author_id", "max_results": "500", "user.fields": "username,name",
+           "tweet.fields": "created_at,public_metrics,attachments,author_id,lang,entities,referenced_tweets",
            "media.fields": "url,type,alt_text,width,height,preview_image_url,variants"}
 
 def _last_page(path: Path) -> dict | None:
@@ -404,6 +404,9 @@ def _last_page(path: Path) -> dict | None:
 
 def _append(path: Path, page: dict):
     "A page at the end of a file, on disk before anything else happens."
+    data = page.get("data")
+    for tweet in data if isinstance(data, list) else ():
+        if isinstance(tweet, dict): tweet.setdefault("referenced_tweets", []) # X leaves out what is empty; written, it says that this is no retweet
     with open(path, "ab") as f:
         f.write(json.dumps(page).encode() + b"\n")
         f.flush(); os.fsync(f.fileno())
@@ -417,7 +420,7 @@ def pull(
     client: httpx.Client | None = None,
     sleep=time.sleep, now=time.time,
 ) -> dict[str, str]: # accounts that X refused -> why
-    "All tweets of some accounts (no retweets), pages as they come; goes on where it was stopped."
+    "All tweets of some accounts (no retweets), a page a line; goes on where it was stopped."
     if not (token := os.environ.get("X_BEARER_TOKEN", "").strip()): raise BoigError("Put your X API token into the environment variable X_BEARER_TOKEN.")
     try: first, last = (date.fromisoformat(d) for d in (start, end))
     except ValueError: raise BoigError(f"Days are written as 2018-01-31, not {start!r} and {end!r}.") from None
