@@ -176,6 +176,12 @@ def test_retweets_are_no_tweets_of_the_account(change, skipped):
     assert len(list(page_rows(page, s))) == 4 - skipped and (s.tweets, s.retweets, s.deleted) == (5, skipped, 1)
 
 
+def test_text_is_read_as_x_escapes_it():
+    page = json.loads(HAND[0])
+    page["data"][0]["text"] = "A &amp;amp; B &lt;3 C&amp;A"
+    assert next(page_rows(page, Summary()))[0][POSTS.names.index("text")] == "A &amp; B <3 C&A"
+
+
 @pytest.mark.parametrize("part, name", [("includes", "users"), ("data", "author_id")])
 def test_pages_asked_for_without_authors_are_said(tmp_path, part, name):
     "Not the authors are gone: the question was another."

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from boig.core import BoigError
-from boig.benches import market
+from boig.benches import market, x_api
 from boig.data import world
 from boig.benches.market import FUNNEL, make_stock, make_tweets, seen, snowflake, write_market
 from boig.data.palette import COLOR_NAMES, PALETTE_HEX, nearest_color
@@ -245,6 +245,13 @@ def test_next_token_chains_the_pages_of_an_account(tweets):
     book = market.pages("toybarn", rows)
     assert len(book) > 2 and all("next_token" in p["meta"] for p in book[:-1]) and "next_token" not in book[-1]["meta"]
     assert [d["id"] for p in book for d in p["data"]] == [r[0]["id"] for r in rows[::-1]]
+
+def test_texts_are_escaped_as_x_does(tweets):
+    own = [t for t in tweets if "&" in t.text][:1]
+    (row, _, _), = market.to_api(own, seed=3)
+    assert own and "&amp;" in row["text"] and not re.search("&(?!amp;|lt;|gt;)", row["text"])
+    ((_, _, _, _, text, *_), *_), = x_api.page_rows(market.pages(own[0].account, market.to_api(own, seed=3))[0], x_api.Summary())
+    assert text.startswith(own[0].text.split("{link}")[0])
 
 def test_snowflakes_carry_the_time():
     t = datetime.datetime(2022, 12, 5, 14, 3)

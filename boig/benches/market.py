@@ -10,6 +10,7 @@ __all__ = ['OCCASIONS', 'HOOKS', 'OCCASION_LINES', 'CALLS', 'TAGS', 'FIRST_DAY',
 
 # %% ../../nbs/48_benches/47_market.ipynb #222114aa
 import datetime
+import html
 import json
 import math
 import os
@@ -254,7 +255,7 @@ def to_api(
         last = last if t.repeats else [_media(t, k, s, rng.random() < 0.3) for k, s in zip(keys, t.scenes)]
         def short(what): return "https://t.co/" + digest([seed, tid, what], 10)
         urls = {short("shop"): f"https://{t.account}.example/shop/{digest([seed, tid], 6)}"} if "{link}" in t.text else {}
-        text = t.text.replace("{link}", next(iter(urls), ""))
+        text = html.escape(t.text, quote=False).replace("{link}", next(iter(urls), "")) # as X does; places in `entities` are of this
         if keys: urls[short("media")] = f"https://twitter.com/{t.account}/status/{tid}/{t.media or 'photo'}/1"; text += " " + short("media")
         others = {f"{k}_count": int(rng.binomial(t.likes, p)) for k, p in (("retweet", 0.18), ("reply", 0.05), ("quote", 0.02))}
         data = {"id": tid, "text": text, "created_at": f"{t.time:%Y-%m-%dT%H:%M:%S}.000Z", "author_id": user_id(t.account), "lang": "en",

@@ -8,6 +8,7 @@ __all__ = ['POSTS', 'log', 'PLACES', 'LONGEST', 'ROWS', 'TRIES', 'BUSY', 'WIKIDA
            'wikidata_query', 'wikidata_handles', 'pull']
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #f933cb90
+import html
 import io
 import json
 import logging
@@ -105,7 +106,7 @@ def _tweet(tweet) -> tuple[str, datetime, str, int]: # number, time (UTC, no zon
         when = datetime.fromisoformat(when)
         if when.tzinfo: when = when.astimezone(timezone.utc).replace(tzinfo=None)
     except (TypeError, ValueError, OverflowError): raise ValueError(f"{str(when)[:30]!r} is no time") from None
-    return number, when, _text(tweet.get("text")) or "", likes
+    return number, when, html.unescape(_text(tweet.get("text")) or ""), likes
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #feff6f5c
 def _index(page: dict, kind: str, key: str) -> dict[str, dict]:
