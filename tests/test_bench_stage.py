@@ -160,6 +160,16 @@ def test_datasets_opens_it_with_pictures(table, tmp_path):
     assert data.features["image"] == datasets.Image() and data[4]["image"].getpixel((0, 0)) == (4, 0, 99) and data[4]["text"] == "Wörds 🎉" and data["likes"][:] == list(range(7))
 
 
+def test_large_pictures_make_small_groups(tmp_path):
+    "Arrow reads no group with more than 2 GB of pictures: neither pandas nor datasets could open it."
+    sizes, groups = [600] * 3 + [5000] + [100] * 600, lambda p: [p.metadata.row_group(i).num_rows for i in range(p.num_row_groups)]
+    table = pd.DataFrame({"id": range(len(sizes)), "image": [{"bytes": bytes(n), "path": "x.png"} for n in sizes]})
+    write_benchmark(table, tmp_path/"a.parquet", size=1500)
+    assert groups(pq.ParquetFile(tmp_path/"a.parquet"))[:5] == [2, 1, 1, 15, 15] and pd.read_parquet(tmp_path/"a.parquet").image.map(lambda x: len(x["bytes"])).tolist() == sizes
+    write_benchmark(table, tmp_path/"b.parquet")
+    assert groups(pq.ParquetFile(tmp_path/"b.parquet")) == [256, 256, len(sizes) - 512]
+
+
 def test_the_file_is_whole_typed_and_repeatable(table, tmp_path):
     for name, group in (("a", 3), ("b", 3)): write_benchmark(table, tmp_path/f"{name}.parquet", group=group)
     assert sha256_file(tmp_path/"a.parquet") == sha256_file(tmp_path/"b.parquet")

@@ -53,17 +53,30 @@ def look(
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) # as Hugging Face's `Image`
 _SAYS = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
 
+def _groups(images, rows: int, size: int): # yields lists of {"bytes", "path"}
+    "As many pictures at a time as both limits allow; at least one."
+    part, held = [], 0
+    for x in images:
+        x = {"bytes": x["bytes"], "path": x["path"]}
+        more = len(x["bytes"] or b"")
+        if part and (len(part) == rows or held + more > size):
+            yield part
+            part, held = [], 0
+        part, held = [*part, x], held + more
+    if part: yield part
+
 def write_benchmark(
     table: pd.DataFrame, # with `image`: {"bytes", "path"} or `Picture`
     path, # of the Parquet file
     group: int = 256, # rows in memory at once
+    size: int = 2**28, # bytes of pictures in memory at once; a group of 2 GB is one that nothing reads
 ):
     "Write a benchmark as Parquet that `datasets.load_dataset` opens with pictures; whole or not at all."
     rest = pa.Table.from_pandas(table.drop(columns="image"), preserve_index=False)
     text = {pa.null(): pa.string(), pa.large_string(): pa.string()}  # an empty column has a type, too
     schema = pa.schema([f.with_type(text.get(f.type, f.type)) for f in rest.schema])
     with atomic_path(path) as tmp, pq.ParquetWriter(tmp, schema.append(pa.field("image", IMAGE)).with_metadata(_SAYS), compression="zstd") as out:
-        rest = rest.cast(schema)
-        for start in range(0, len(table), group):
-            images = [{"bytes": x["bytes"], "path": x["path"]} for x in table.image.iloc[start:start + group]]
-            out.write_table(rest.slice(start, group).append_column("image", pa.array(images, IMAGE)).cast(out.schema), group)
+        rest, start = rest.cast(schema), 0
+        for images in _groups(table.image, group, size):
+            out.write_table(rest.slice(start, len(images)).append_column("image", pa.array(images, IMAGE)).cast(out.schema), group)
+            start += len(images)
