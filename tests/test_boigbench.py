@@ -136,6 +136,15 @@ def test_what_came_last_counts(tmp_path):
     assert found[found.tweet_id == "101"][["media_key", "likes"]].values.tolist() == [["3_2", 99]]
 
 
+def test_an_account_is_its_number(tmp_path):
+    "One that changed its name has the last one; who took the old name is another."
+    def page(author, name, first): return {"data": [{"id": str(first + i), "author_id": author, "text": "a", "created_at": "2021-03-01T09:30:00.000Z", "public_metrics": {"like_count": i}} for i in range(10)],
+                                           "includes": {"users": [{"id": author, "username": name}]}}
+    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(page(*p)) for p in (("7", "OldName", 10), ("8", "Another", 40), ("7", "NewName", 20), ("9", "OldName", 30))))
+    s = write_posts(tmp_path, tmp_path/"posts.parquet")
+    assert s.accounts == 3 and table(tmp_path/"posts.parquet").account.tolist() == ["newname"] * 20 + ["oldname"] * 10 + ["another"] * 10
+
+
 def test_a_file_that_breaks_off_gives_what_came_before(tmp_path):
     whole = gzip.compress(b"\n".join(HAND[0].replace(b"\n", b" ") for _ in range(40)), mtime=0)
     (tmp_path/"a.jsonl.gz").write_bytes(whole[:-12])
@@ -205,14 +214,14 @@ def test_no_page_is_fatal(where, value):
     def put(node):
         if isinstance(node, dict): return {k: value if k == where else put(v) for k, v in node.items()}
         return [put(v) for v in node] if isinstance(node, list) else node
-    rows = [(*row, 0) for rows in page_rows(put(json.loads(HAND[0])), Summary(), previews=True) for row in rows]
+    rows = [(*row, 0, "1") for rows in page_rows(put(json.loads(HAND[0])), Summary(), previews=True) for row in rows]
     pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(zip(*rows), x_api._RAW)], schema=x_api._RAW) if rows else None
 
 
 def test_memory_does_not_grow_with_the_pages(tmp_path, monkeypatch):
     monkeypatch.setattr(x_api, "ROWS", 200)
     def peak(n):
-        rows = ((str(i), f"3_{i}", "a", datetime(2020, 1, 1), f"text {i}" * 20, i, None, "photo", None, 1, 1, 1, i) for i in range(n))
+        rows = ((str(i), f"3_{i}", "a", datetime(2020, 1, 1), f"text {i}" * 20, i, None, "photo", None, 1, 1, 1, i, "1") for i in range(n))
         gc.collect()
         tracemalloc.start()
         x_api._write_rows(tmp_path/f"{n}.parquet", rows)
@@ -624,8 +633,8 @@ class X:
         assert request.headers["authorization"] == f"Bearer {SECRET}" and request.url.host == "api.x.com"
         handle, n = re.match(r"from:(\w+) -is:retweet", request.url.params["query"])[1], int(request.url.params.get("next_token", "t0")[1:])
         page = json.loads(HAND[0]) | {"meta": {"result_count": 5} | ({"next_token": f"t{n + 1}"} if n + 1 < self.pages else {})}
-        page["data"] = [d | {"id": f"{n + 1}{len(handle)}{d['id']}"} for d in page["data"]]
-        page["includes"]["users"][0]["username"] = handle
+        page["data"] = [d | {"id": f"{n + 1}{len(handle)}{d['id']}", "author_id": handle if d["author_id"] == "1" else d["author_id"]} for d in page["data"]]
+        page["includes"]["users"][0] |= {"id": handle, "username": handle}
         return httpx.Response(200, json=page)
 
 

@@ -125,13 +125,8 @@ def _picture(item: dict | None, summary: Summary, previews: bool) -> tuple | Non
     return _text(item["media_key"]), _text(url), kind, _text(item.get("alt_text")), _size(item.get("width")), _size(item.get("height"))
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #f34cfba1
-def page_rows(
-    page: dict,
-    summary: Summary, # counts what is left out
-    previews: bool = False, # take the still frame of videos and GIFs
-    place: str = "page", # of the page, for the log
-): # yields a list of rows (tuples in the order of POSTS) for each tweet
-    "The tweets of one page with their pictures."
+def _authored(page: dict, summary: Summary, previews: bool, place: str): # yields (author's number, rows)
+    "The tweets of one page with their pictures, and who wrote them whatever the name."
     users, media = _index(page, "users", "id"), _index(page, "media", "media_key")
     data = page.get("data") or []
     for n, tweet in enumerate(data if isinstance(data, list) else [data], 1):
@@ -148,7 +143,16 @@ def page_rows(
         keys = dict.fromkeys(k for k in keys if isinstance(k, str)) if isinstance(keys, list) else ()
         pictures = [p for p in (_picture(media.get(k), summary, previews) for k in keys) if p]
         about = (account.lower(), when, text, likes)
-        yield [(number, p[0], *about, *p[1:], i) for i, p in enumerate(pictures, 1)] or [(number, None, *about, *[None] * 5, 0)]
+        yield _text(author), [(number, p[0], *about, *p[1:], i) for i, p in enumerate(pictures, 1)] or [(number, None, *about, *[None] * 5, 0)]
+
+def page_rows(
+    page: dict,
+    summary: Summary, # counts what is left out
+    previews: bool = False, # take the still frame of videos and GIFs
+    place: str = "page", # of the page, for the log
+): # yields a list of rows (tuples in the order of POSTS) for each tweet
+    "The tweets of one page with their pictures."
+    for _, rows in _authored(page, summary, previews, place): yield rows
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #b24ae6cc
 LONGEST = 2**26 # bytes of a line; a page has 10^5 to 10^6
@@ -223,7 +227,7 @@ def parquet(*paths) -> str:
     return f"read_parquet([{', '.join(names)}])"
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #565af984
-_RAW = POSTS.append(pa.field("turn", pa.int64()))
+_RAW = POSTS.append(pa.field("turn", pa.int64())).append(pa.field("author", pa.string())) # its number; null from a table
 ROWS = 50_000 # in memory at once
 
 def _write_rows(path, rows):
@@ -244,7 +248,7 @@ def _copy_table(con, path, out, turn: int, summary: Summary):
     cast = ", ".join(f"{'lower(account)' if f.name == 'account' else f.name}::{_SQL[str(f.type)]} AS {f.name}" for f in wanted)
     rows = f"(SELECT {cast}, row_number() OVER () AS row FROM {table} WHERE {good})"
     newest = ", ".join(f"first_value({c}) OVER (PARTITION BY tweet_id ORDER BY row DESC) AS {c}" for c in ("account", "created_at", "text", "likes"))
-    con.execute(f"""COPY (SELECT * EXCLUDE (row), if(media_key IS NULL, 0, row_number() OVER (PARTITION BY tweet_id ORDER BY media_key))::SMALLINT AS number, {turn}::BIGINT AS turn
+    con.execute(f"""COPY (SELECT * EXCLUDE (row), if(media_key IS NULL, 0, row_number() OVER (PARTITION BY tweet_id ORDER BY media_key))::SMALLINT AS number, {turn}::BIGINT AS turn, NULL::VARCHAR AS author
                           FROM (SELECT * REPLACE ({newest}) FROM {rows} QUALIFY row_number() OVER (PARTITION BY tweet_id, media_key ORDER BY row DESC) = 1
                                 AND (media_key IS NOT NULL OR count(media_key) OVER (PARTITION BY tweet_id) = 0))) TO {literal(out)} (FORMAT parquet)""")
     bad = con.execute(f"SELECT count(*) FILTER (({good}) IS NOT true) FROM {table}").fetchone()[0]
@@ -264,23 +268,35 @@ def _files(source) -> list[Path]:
     if not source.is_dir(): raise BoigError(f"There is no file or folder '{source}'.")
     return sorted(f for f in source.rglob("*") if re.search(r"\.(parquet|(jsonl|ndjson|json)(\.gz|\.zst)?)$", f.name) and not f.name.startswith(".") and f.is_file())
 
-def _gather(con, files: list[Path], folder: Path, summary: Summary, previews: bool):
+def _gather(con, files: list[Path], folder: Path, summary: Summary, previews: bool) -> dict[str, str]: # author's number -> last name, of those who changed it
     "All rows of all files as Parquet in `folder`, each with its turn."
-    turn = count()
-    pages = (page for f in files if f.suffix != ".parquet" for page in read_pages(f, summary))
-    _write_rows(folder/"pages.parquet", ((*row, t) for place, page in pages for rows in page_rows(page, summary, previews, place) for t in [next(turn)] for row in rows))
+    turn, names, renamed = count(), {}, set()
+    def rows():
+        for place, page in (page for f in files if f.suffix != ".parquet" for page in read_pages(f, summary)):
+            for author, part in _authored(page, summary, previews, place):
+                account, t = part[0][2], next(turn)
+                if names.get(author, account) != account: renamed.add(author)
+                names[author] = account
+                for row in part: yield *row, t, author
+    _write_rows(folder/"pages.parquet", rows())
     for n, f in enumerate(f for f in files if f.suffix == ".parquet"):
         try: _copy_table(con, f, folder/f"{n}.parquet", next(turn), summary)
         except (BoigError, duckdb.Error) as e: summary.skip("malformed", str(f), str(e).splitlines()[0])
+    return {a: names[a] for a in renamed}
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #9bc82d84
-def _finish(con, folder: Path, out, summary: Summary):
+def _finish(con, folder: Path, out, summary: Summary, renamed: dict[str, str]):
     "Each tweet's last turn, whole or not at all, and the counts of what was written."
     raw = parquet(*sorted(folder.glob("*.parquet")))
     con.execute(f"CREATE TEMP TABLE again AS SELECT tweet_id::BIGINT AS id, max(turn) AS last, count(*) AS times FROM {raw} WHERE number <= 1 GROUP BY ALL HAVING times > 1")
     summary.repeated += con.execute("SELECT coalesce(sum(times - 1), 0)::BIGINT FROM again").fetchone()[0]
+    columns, names = ", ".join("raw." + n for n in POSTS.names), ""
+    if renamed:
+        con.execute("CREATE TEMP TABLE renamed (author VARCHAR, name VARCHAR)")
+        con.executemany("INSERT INTO renamed VALUES (?, ?)", [*renamed.items()])
+        columns, names = columns.replace("raw.account", "coalesce(name, raw.account) AS account"), "LEFT JOIN renamed ON raw.author = renamed.author"
     with atomic_path(out) as tmp:
-        con.execute(f"""COPY (SELECT {', '.join('raw.' + n for n in POSTS.names)} FROM {raw} raw ANTI JOIN again ON raw.tweet_id::BIGINT = again.id AND raw.turn < again.last)
+        con.execute(f"""COPY (SELECT {columns} FROM {raw} raw {names} ANTI JOIN again ON raw.tweet_id::BIGINT = again.id AND raw.turn < again.last)
                         TO {literal(tmp)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS})""")
     counted = con.execute(f"""SELECT count(*) FILTER (number <= 1), count(*) FILTER (number = 0), count(*) FILTER (number = 2), count(*) FILTER (number <= 1 AND likes = 0),
                                  count(DISTINCT account), count(*) FILTER (number >= 1) FROM {parquet(out)}""").fetchone()
@@ -297,12 +313,12 @@ def write_posts(
     files = [f for f in _files(source) if f.resolve() != out.resolve()]
     with scratch(out) as tmp, database(tmp, memory, threads=1) as con: # one thread keeps the order of the rows
         (folder := tmp/"raw").mkdir()
-        _gather(con, files, folder, summary, previews)
+        renamed = _gather(con, files, folder, summary, previews)
         summary.files = len(files)
         if not summary.tweets: raise BoigError(f"No tweets in '{source}'" + (f"; the first problem: {summary.places[0]}" if summary.places else ": no pages (.jsonl) and no tables (.parquet)."))
         if sum((lost := summary.skipped()).values()) == summary.tweets:
             raise BoigError(f"None of {summary.tweets:,} tweets in '{source}' can be used: {', '.join(f'{n:,} {why}' for why, n in lost.items())}.")
-        _finish(con, folder, out, summary)
+        _finish(con, folder, out, summary, renamed)
     return summary
 
 # %% ../../nbs/48_benches/51_x_api.ipynb #e8a95548
