@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .core import BoigError, is_half, project_root, provenance, sha256_file, visible
 from .estimate import seconds
-from .reproduce import _object, asked_for, only_run
+from .reproduce import _lines, _object, asked_for, only_run
 from .scales import scale_names
 from .stages import Step, choose, load_stages, make_plan, results_folder
 
@@ -34,10 +34,6 @@ def _record(results: Path, name: str) -> dict: # {} if it isn't there or is brok
     for file in (*found.get("outputs", ()), *found.get("inputs", ()), found.get("notebook", "")):
         if Path(file).is_absolute() or ".." in Path(file).parts: raise BoigError(f"'{path}' names '{file}', which is not below the results folder. Remove this record, and run the stage again.")
     return found
-
-def _lines(path: Path) -> list[dict]: # {} for a line that is broken, as after a full disk or a power cut
-    "A file of one JSON object a line; [] if it isn't there."
-    return [_object(l) for l in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.is_file() else []
 
 def planned(results: Path, notebooks=None, table=None, package=None) -> list[Step]:
     "The stages of a results folder as it was last asked for, with the reason to run each; nothing is run or written."

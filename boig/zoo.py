@@ -147,9 +147,10 @@ def _from_hub(ref: str, only=()) -> Path:
     used = list(only) or next((r["files"] for r in roles if r.get("hub") == repo), None)
     def fetch(**which): return Path(snapshot_download(repo, revision=revision or None, **which)) # named by its commit
     try:
-        # a pipeline's weights lie in its parts' folders; files beside its index are all of them again, in one
-        weights = "*.safetensors" if used or not (fetch(allow_patterns=[index := "model_index.json"])/index).is_file() else "*/*.safetensors"
-        folder = fetch(allow_patterns=used) if used else fetch(allow_patterns=["*.json", weights, "*.txt", "*.model", "*.jinja"], ignore_patterns=["*.fp16[.-]*", "*non_ema*"])
+        if used: folder = fetch(allow_patterns=used)
+        else:
+            parts = (fetch(allow_patterns=["model_index.json"])/"model_index.json").is_file() # a pipeline: its weights lie in its parts' folders, and beside its index all of them again, in one
+            folder = fetch(allow_patterns=["*.json", "*/*.safetensors" if parts else "*.safetensors", "*.txt", "*.model", "*.jinja"], ignore_patterns=["*.fp16[.-]*", "*non_ema*"])
     except Exception as e:
         raise BoigError(f"Could not get '{ref}' from the Hugging Face hub ({type(e).__name__}). It needs a network, and for gated "
                         "models an accepted licence and HF_TOKEN; or pass a local folder.") from e

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from .batches import GroupDataset, PackGroups, PadGroups, Rounds, leak, weighted_loss
 from ..benches.instructions import DataSpec, Example, examples, listing1, template
-from ..core import BoigError, derive_seed, digest, get_device, same_run, scratch, seed_everything, write_json, write_text
+from ..core import PARTED, BoigError, derive_seed, digest, get_device, leashed, refuse_parted, same_run, scratch, seed_everything, write_json, write_text
 from ..data.verbalization import parse
 from ..zoo import resolve
 
@@ -222,9 +222,8 @@ def last_checkpoint(run_dir) -> Path | None:
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #253cb1ee
 def check_launch():
     "BoigError if accelerate was started with parted weights, which our checkpoints and `save_llm` know nothing of."
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
-            raise BoigError(f"accelerate was started with {kind}, which parts the weights; here each process trains with all of them. Choose plain multi-GPU in `accelerate config`.")
+    for kind in PARTED:
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"): refuse_parted(kind)
 
 def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device, checkpointing=False) -> TrainingArguments:
     "The paper's schedule (appendix A.2) as transformers' arguments; its 'warmup learning rate scheduler: cosine' is read as a linear warm-up, then a cosine to 0."
@@ -347,16 +346,6 @@ def save_llm(model, tokenizer, folder):
         os.replace(f"{tmp}/model", folder)
 
 # %% ../../nbs/60_behaviour/60_finetune.ipynb #78400520
-# on Linux a process of a killed run is killed too, before it becomes the program it is for: the launcher with us, each worker with the launcher
-_LEASH = """import os, sys
-if sys.platform == 'linux':
-    import ctypes
-    ctypes.CDLL(None).prctl(1, 9) # PR_SET_PDEATHSIG, SIGKILL
-if os.getppid() == int(os.environ['BOIG_PARENT']):
-    os.environ['BOIG_PARENT'] = str(os.getpid())
-    os.execv(sys.argv[1], sys.argv[1:])"""
-_LEASHED = [sys.executable, "-P", "-c", _LEASH, sys.executable]
-
 def launch(
     llm: str, # zoo name, local folder or hub id
     train: list[list[Example]], valid: list[list[Example]], # as `finetune`
@@ -372,9 +361,9 @@ def launch(
     write_json(run_dir/"job.json", job | {k: [[asdict(e) for e in g] for g in part] for k, part in (("train", train), ("valid", valid))})
     start = (["torch.distributed.run", "--standalone", "--nproc_per_node"] if get_device(device).type == "cpu" else  # accelerate starts several only on GPUs
              ["accelerate.commands.launch", "--num_processes"])
+    worker = leashed(sys.executable, "-c", "from boig.behaviour.finetune import main; main()", run_dir, inner=True) # dies with the launcher, and this with us
     with open(told := run_dir/"launch.log", "w") as printed:
-        done = subprocess.run([*_LEASHED, "-m", *start, str(processes), "--no_python", *_LEASHED, "-c", "from boig.behaviour.finetune import main; main()", str(run_dir)],
-                              env=os.environ | dict(BOIG_PARENT=str(os.getpid())), stdout=printed, stderr=subprocess.STDOUT)
+        done = subprocess.run(leashed(sys.executable, "-m", *start, processes, "--no_python", *worker), stdout=printed, stderr=subprocess.STDOUT)
     if done.returncode:
         said = (trouble if trouble.exists() else told).read_text(encoding="utf-8", errors="replace").strip()[-2000:]
         raise BoigError(f"Fine-tuning in {processes} processes failed: {said} (All that they printed: {told})")
@@ -386,7 +375,7 @@ def _run_job(job: dict, train, valid, run_dir: Path) -> tuple: # model, tokenize
     check_launch()  # before the weights are read
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     # of several processes each puts the model where accelerate says; quantised weights must lie on its own GPU from the start
-    place = job["device"] if alone else f"cuda:{os.environ['LOCAL_RANK']}" if job["bits"] else "cpu"
+    place = job["device"] if alone else "cuda" if job["bits"] else "cpu"
     # float32 also on a GPU: in bfloat16, a step of 2e-6 is lost to rounding; training computes in bfloat16 there (`training_arguments`)
     model, tokenizer = load_llm(job["llm"], place, job["bits"], torch.float32)
     model = add_lora(model, job["lora_rank"], job["llm"])

@@ -62,6 +62,7 @@ def _assembled(path: Path, base: str, dtype: torch.dtype) -> DiffusionPipeline:
     pipe.unload_lora_weights()
     return pipe
 
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #3d9132c9
 def load_pipeline(
     ref: str, # zoo name, local folder or hub id
     device: str = "auto",

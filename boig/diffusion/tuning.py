@@ -25,7 +25,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
-from ..core import BoigError, atomic_path, derive_seed, fingerprint, same_run, scratch, seed_everything, write_csv
+from ..core import BoigError, atomic_path, derive_seed, fingerprint, refuse_parted, same_run, scratch, seed_everything, write_csv
 
 # %% ../../nbs/50_diffusion/51_tuning.ipynb #32ab54ce
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def check_share(config, processes: int):
 
 def check_launch(accelerator, config):
     "BoigError unless accelerate was started for what the settings say; a share of a batch for each process."
-    if (kind := str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise BoigError(f"accelerate was started with {kind}, which parts the weights; here each process trains with all of them. Choose plain multi-GPU in `accelerate config`.")
+    refuse_parted(str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)))
     if (asked := accelerator.mixed_precision) not in ("no", config.precision):
         raise BoigError(f"accelerate was started with mixed precision '{asked}', the settings say '{config.precision}': set precision='{asked}' in them, or start it with --mixed_precision no.")
     check_share(config, accelerator.num_processes)
@@ -101,6 +100,7 @@ def check_folder(
     except (UnpicklingError, RuntimeError, EOFError, KeyError): raise BoigError(f"'{path}' is no checkpoint that can be read. Delete it to start again.") from None
     same_run(folder, kept, plan, {"model": ", or go on with a freshly loaded pipeline"})
 
+# %% ../../nbs/50_diffusion/51_tuning.ipynb #c8e35db3
 class Tuning:
     "A denoiser in training: its weights, optimiser, running average, log, and the folder that keeps them."
     adapter = "tuned" # the name of LoRA's weights in the pipeline

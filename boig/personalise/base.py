@@ -192,6 +192,7 @@ class Learner(Tuning):
         if config.lora_rank: raise BoigError("The personalisation methods train no LoRA (InstructBooth's second stage does); set lora_rank=0.")
         super().check(pipe, config)
 
+# %% ../../nbs/80_personalise/80_personalise.ipynb #cb6c3e6e
 def finished(
     folder,
     plan: dict, # of the run that would be trained in it, or what of it is known
