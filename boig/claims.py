@@ -9,7 +9,7 @@ __all__ = ['Claim', 'load_claims', 'select', 'Number', 'ends_of', 'number', 'Out
 # %% ../nbs/95_front/93_claims.ipynb #82af5e8c
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from itertools import product
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 
 import pandas as pd
+from scipy.special import stdtrit
 
 from .core import BoigError, closest, write_csv
 from .stages import load_stages
@@ -75,16 +76,21 @@ def select(
     return found
 
 # %% ../nbs/95_front/93_claims.ipynb #ad36d0c0
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262) # Student's t, 97.5 %, for 1 to 9 degrees of freedom
-
 @dataclass(frozen=True)
 class Number:
-    "A value with its 95 % interval (NaN = none), samples and seeds."
+    "A value with a run's own 95 % interval (NaN = none) and samples; over several seeds, the standard error of their mean."
     value: float
     low: float
     high: float
     n: float = math.nan
     seeds: int = 1
+    error: float = 0.0
+
+    def ends(self, k: int = 1) -> tuple[float, float]:
+        "Where its interval ends at the level 0.05/k: a run's own, or Student's over the seeds, whichever is wider."
+        wider = NormalDist().inv_cdf(1 - 0.025 / k) / NormalDist().inv_cdf(0.975)
+        runs = float(stdtrit(self.seeds - 1, 1 - 0.025 / k)) * self.error if self.seeds > 1 else 0.0
+        return self.value - max(wider * (self.value - self.low), runs), self.value + max(wider * (self.high - self.value), runs)
 
 def ends_of(names, column: str) -> tuple[str, str]:
     "The columns with the ends of a column's interval; they need not be there."
@@ -101,23 +107,31 @@ def _single(row: dict, column: str) -> Number:
     "What one row says."
     value, n = _float(row, column), _float(row, "n")
     half = _float(row, f"± {column}")
-    if math.isnan(half) and "sd" in row and n > 1: half = _T[int(min(n, 10)) - 2] * row["sd"] / math.sqrt(n)
+    if math.isnan(half) and "sd" in row and n > 1: half = float(stdtrit(n - 1, 0.975)) * row["sd"] / math.sqrt(n)
     low, high = (end if not math.isnan(end) else value + sign * half for end, sign in zip((_float(row, e) for e in ends_of(row, column)), (-1, 1)))
     own = _float(row, f"{column} n")
     return Number(value, low, high, n if math.isnan(own) else own)
 
 # %% ../nbs/95_front/93_claims.ipynb #d45085b2
+def _by_seed(rows: list[dict], column: str) -> dict:
+    "Seed -> what its row says; BoigError if two rows of one seed say it."
+    if len({r.get("seed") for r in rows}) < len(rows): raise BoigError(f"{len(rows)} rows answer to one test of '{column}'. Name more columns in `rows`.")
+    found = {r.get("seed"): _single(r, column) for r in rows}
+    return {s: x for s, x in found.items() if not math.isnan(x.value)}
+
+def _joined(found: list[Number]) -> Number:
+    "The mean of what single runs say."
+    if len(found) < 2: return found[0] if found else Number(*[math.nan] * 3)
+    mean = fmean(x.value for x in found)
+    def half(end): return math.sqrt(fmean(0 if math.isnan(end(x)) else (end(x) - x.value) ** 2 for x in found))
+    return Number(mean, mean - half(lambda x: x.low), mean + half(lambda x: x.high), min(x.n for x in found), len(found), stdev(x.value for x in found) / math.sqrt(len(found)))
+
 def number(
     rows: list[dict], # of one thing: a row a seed
     column: str,
 ) -> Number:
     "What a table says in one place; BoigError if two rows of one seed say it."
-    if len({r.get("seed") for r in rows}) < len(rows): raise BoigError(f"{len(rows)} rows answer to one test of '{column}'. Name more columns in `rows`.")
-    found = [x for x in (_single(r, column) for r in rows) if not math.isnan(x.value)]
-    if len(found) < 2: return found[0] if found else Number(*[math.nan] * 3)
-    mean, spread = fmean(x.value for x in found), _T[min(len(found) - 2, 8)] * stdev(x.value for x in found) / math.sqrt(len(found))
-    def half(end): return math.hypot(math.sqrt(fmean(0 if math.isnan(end(x)) else (end(x) - x.value) ** 2 for x in found)), spread)
-    return Number(mean, mean - half(lambda x: x.low), mean + half(lambda x: x.high), min(x.n for x in found), len(found))
+    return _joined([*_by_seed(rows, column).values()])
 
 # %% ../nbs/95_front/93_claims.ipynb #8ea3ba9c
 @dataclass(frozen=True)
@@ -134,14 +148,14 @@ def _less(a: Number, b: Number, times: float) -> Number:
     "a − times · b, as of independent values."
     d = a.value - times * b.value
     return Number(d, d - math.hypot(a.value - a.low, times * (b.high - b.value)), d + math.hypot(a.high - a.value, times * (b.value - b.low)),
-                  min(a.n, b.n, key=lambda n: math.inf if math.isnan(n) else n), min(a.seeds, b.seeds))
+                  min(a.n, b.n, key=lambda n: math.inf if math.isnan(n) else n))
 
 def _slack(d: Number, sign: str, margin: float) -> Number:
     "What must be above 0 for the test to hold."
     if sign == ">": return d
-    if sign == "<": return Number(-d.value, -d.high, -d.low, d.n, d.seeds)
+    if sign == "<": return replace(d, value=-d.value, low=-d.high, high=-d.low)
     nearest = 0.0 if d.low <= 0 <= d.high else min(abs(d.low), abs(d.high))
-    return Number(margin - abs(d.value), margin - max(abs(d.low), abs(d.high)), margin - nearest, d.n, d.seeds)
+    return replace(d, value=margin - abs(d.value), low=margin - max(abs(d.low), abs(d.high)), high=margin - nearest)
 
 # %% ../nbs/95_front/93_claims.ipynb #8d48ae63
 def _status(rows: list[dict]) -> str:
@@ -154,17 +168,18 @@ def _one(test: dict, table: list[dict], key: tuple, rows: list[dict], column: st
     label, rest = ", ".join([*map(str, key), *([column] if column not in ("gain", "difference", "cost") else [])]), test.get("than", 0)
     def lost(note): return Outcome(test["table"], label, note=note)
     if not rows: return lost("no such row")
-    a = number(rows, column)
-    if math.isnan(a.value): return lost(_status(rows))
-    base, off = Number(rest, rest, rest, a.n, a.seeds) if not isinstance(rest, dict) else None, [str(rest)] if rest else []
-    if base is None:
+    a, off = _by_seed(rows, column), [str(rest)] if rest else []
+    if not a: return lost(_status(rows))
+    if not isinstance(rest, dict): base = {s: Number(rest, rest, rest, x.n) for s, x in a.items()}
+    else:
         (_, other), *more = select(table, dict(zip(test["rows"], key)) | {k: v for k, v in rest.items() if k != "column"})
         off = [str(other[0][k] if other and k != "column" else v) for k, v in rest.items()]
         if not other: return lost(f"no row of {', '.join(str(v) for v in rest.values())} to compare with")
-        base = number(other, rest.get("column", column))
-        if more or math.isnan(base.value): return lost("several rows to compare with" if more else _status(other))
-    d, margin = _less(a, base, test.get("times", 1)), test.get("margin", 0.0)
-    if "margin_sd" in test: margin = test["margin_sd"] * math.sqrt(a.n) * (a.high - a.low) / (2 * 1.959964)
+        if more: return lost("several rows to compare with")
+        base = _by_seed(other, rest.get("column", column))
+        if not a.keys() & base.keys(): return lost(_status(other))
+    d, margin = _joined([_less(a[s], base[s], test.get("times", 1)) for s in a if s in base]), test.get("margin", 0.0)
+    if "margin_sd" in test: margin = test["margin_sd"] * fmean(math.sqrt(x.n) * (x.high - x.low) for x in a.values()) / (2 * 1.959964)
     less = f"less {test['times']} × " if test.get("times", 1) != 1 else "less "
     asked = (less + ", ".join(off) if off else "") + f"; claimed: {f'within ±{margin:.3g}' if test['is'] == '=' else test['is'] + ' 0'}"
     return Outcome(test["table"], label, d, _slack(d, test["is"], margin), asked=asked.removeprefix("; "))
@@ -198,13 +213,9 @@ def run_tests(
     return out
 
 # %% ../nbs/95_front/93_claims.ipynb #a1cbdb15
-def _widen(k: int) -> float:
-    "How much wider an interval is at the level 0.05/k than at 0.05."
-    return NormalDist().inv_cdf(1 - 0.025 / k) / NormalDist().inv_cdf(0.975)
-
 def _must(k: int, need: str) -> int: return k if need == "all" else k // 2 + 1
-def _holds(o: Outcome, k: int, must: int) -> bool: return o.slack.value - (o.slack.value - o.slack.low) * _widen(k - must + 1) > 0
-def _fails(o: Outcome, must: int) -> bool: return o.slack.value + (o.slack.high - o.slack.value) * _widen(must) < 0
+def _holds(o: Outcome, k: int, must: int) -> bool: return o.slack.ends(k - must + 1)[0] > 0
+def _fails(o: Outcome, must: int) -> bool: return o.slack.ends(must)[1] < 0
 
 def verdict(outcomes: list[Outcome], need: str = "all") -> str: # holds, fails, undecided or not run
     "What the tests of a claim decide together."
@@ -221,7 +232,7 @@ def n_needed(outcomes: list[Outcome], need: str = "all") -> float: # NaN if noth
     must = _must(k := len(outcomes), need)
     def cost(o):
         s, right = o.slack, o.slack.value > 0
-        half = (s.value - s.low) * _widen(k - must + 1) if right else (s.high - s.value) * _widen(must)
+        half = s.value - s.ends(k - must + 1)[0] if right else s.ends(must)[1] - s.value
         return s.n * (half / s.value) ** 2 if s.value and half > 0 else math.inf
     if not k or any(o.slack is None for o in outcomes): return math.nan
     right, wrong = (sorted(cost(o) for o in outcomes if (o.slack.value > 0) == side) for side in (True, False))
@@ -233,7 +244,8 @@ def n_needed(outcomes: list[Outcome], need: str = "all") -> float: # NaN if noth
 def deciding(outcomes: list[Outcome], need: str = "all") -> Outcome | None:
     "Of the tests that ran, the one on which the verdict hangs."
     def strength(o): # slack in half intervals; next to nothing without an interval
-        half = (o.slack.high - o.slack.low) / 2
+        low, high = o.slack.ends()
+        half = (high - low) / 2
         return o.slack.value / half if half > 0 else math.copysign(1e-9, o.slack.value)
     ran, k = sorted((o for o in outcomes if o.slack), key=strength, reverse=True), len(outcomes)
     return ran[min(len(ran), _must(k, need)) - 1] if ran else None
@@ -280,7 +292,7 @@ def _row(c: Claim, folders: list, makers: dict) -> dict:
     found, expected = run_tests(c.ours, folders), run_tests(c.oracle, folders)
     shown, truth = deciding(found, c.need), deciding(expected, c.need)
     def said(o): return f"{o.label}{'; ' if o.asked.startswith('claimed') else ' '}{o.asked}" if o else ""
-    def ends(o, name=""): return {f"{name}{k}": getattr(o.found, a) if o else None for k, a in (("measured", "value"), ("low", "low"), ("high", "high"))}
+    def ends(o, name=""): return dict(zip((f"{name}measured", f"{name}low", f"{name}high"), (o.found.value, *o.found.ends()) if o else (None,) * 3))
     return {"id": c.id, "paper": c.source, "where": c.where, "claim": c.says, "paper value": c.numbers, "paper supports": supported(c), **ends(shown),
             "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": said(shown), "tests": _counts(found, c.need),
             "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": said(truth),

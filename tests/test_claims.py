@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +122,31 @@ def test_three_seeds_join_both_noises(tmp_path):
         (tmp_path/str(k)/"tables").mkdir(parents=True)
         pd.DataFrame({"Metric": ["up"], "gain": [gain], "low": [gain - 0.05], "high": [gain + 0.05], "n": 100, "seed": k}).to_csv(tmp_path/str(k)/"tables"/"gains.csv", index=False)
     r = judge([tmp_path/str(k) for k in range(3)], [Claim("c", "p", "", "", "", ours=(test("up"),))]).iloc[0]
-    half = math.hypot(0.05, 4.302653 * 0.1 / math.sqrt(3))
+    half = 4.302653 * 0.1 / math.sqrt(3)
     assert r.seeds == 3 and r.measured == pytest.approx(0.2) and r.high - r.measured == pytest.approx(half, rel=1e-4) and r.verdict == "undecided"
     assert (tmp_path/"0"/"claims.csv").is_file() and not (tmp_path/"1"/"claims.csv").exists()
+
+@pytest.mark.parametrize("shared", [True, False], ids=["same samples", "own samples"])
+@pytest.mark.parametrize("training", [0, 1, 4])
+def test_three_seeds_cover_the_truth(shared, training):
+    "Effects of 0 with a sampling error of 1 and training's own, at two levels: the interval misses 0 hardly more often than it says."
+    rng, runs = np.random.default_rng(0), 4000
+    x = rng.normal(size=(runs, 1 if shared else 3)) + training * rng.normal(size=(runs, 3))
+    found = [number([{"x": v, "± x": 1.959964, "n": 9, "seed": s} for s, v in enumerate(row)], "x") for row in x]
+    for k in (1, 10): assert sum(low > 0 or high < 0 for low, high in (f.ends(k) for f in found)) / runs < 0.05 / k + 0.013
+
+def test_runs_are_compared_run_by_run():
+    "A world that is hard for both rows says nothing of their difference: 1, 1.1 and 0.9, whatever the worlds."
+    rows = [{"m": m, "x": world + gain, "± x": 0.1, "n": 50, "seed": s} for s, (world, g) in enumerate(((0, 1), (40, 1.1), (-9, 0.9))) for m, gain in (("a", g), ("b", 0))]
+    o, = run_tests_on(rows, {"table": "t", "rows": {"m": "a"}, "column": "x", "is": ">", "than": {"m": "b"}})
+    assert o.found.value == pytest.approx(1) and o.found.seeds == 3 and o.found.ends()[1] == pytest.approx(1 + 4.302653 * 0.1 / math.sqrt(3)) and verdict([o]) == "holds"
+    o, = run_tests_on(rows[:-1], {"table": "t", "rows": {"m": "a"}, "column": "x", "is": ">", "than": {"m": "b"}})  # the last run lacks one of them
+    assert o.found.value == pytest.approx(1.05) and o.found.seeds == 2
+
+def run_tests_on(rows, *tests):
+    with tempfile.TemporaryDirectory() as folder:
+        pd.DataFrame(rows).to_csv(Path(folder)/"t.csv", index=False)
+        return run_tests(tests, [folder])
 
 def test_what_was_measured_is_said_whole(folder):
     "A difference names what was taken off and how often, and which way the claim goes."
