@@ -1,4 +1,6 @@
 "The Stock benchmark from what the simulated seller delivers, and from tables that real ones may."
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,6 +45,21 @@ def test_each_bucket_is_split_alike(bench, market):
     assert choose_assets(table.sample(frac=1, random_state=0), 0.25, 0.1).set_index("id").split.to_dict() == bench.set_index("id").split.to_dict()  # whatever the order
     assert (split(test=20) == "test").sum() == 60 and set(split(test=20, seed=1).eq("test").loc[lambda t: t].index) != set(split(test=20).eq("test").loc[lambda t: t].index)
     with pytest.raises(BoigError, match="1,000 for the test leave none to train on"): choose_assets(table)
+
+
+def test_one_file_is_in_one_split(tmp_path, market):
+    "Under three names, in three splits, until its bytes are looked at."
+    shutil.copytree(market, tmp_path/"s")
+    table = read_stock(tmp_path/"s")[0].head(60)
+    table = choose_assets(table, test=0.25, valid=0.2).set_index("id")
+    (tmp_path/"s"/"assets.csv").write_text("".join((market/"assets.csv").read_text().splitlines(keepends=True)[:61]))
+    a, b, c = (tmp_path/"s"/table.file[table.split == split].iloc[0] for split in ("train", "valid", "test"))
+    for p in (b, c): p.write_bytes(a.read_bytes())
+    found, _ = build_stock(tmp_path/"s", tmp_path/"seen", load_verbalizer(), test=0.25, valid=0.2)
+    same = found[found.id.isin([p.stem for p in (a, b, c)])]
+    assert len(same) == 3 and same.split.nunique() == same.subgroup.nunique() == 1
+    others = found[~found.id.isin(same.id)].set_index("id")
+    assert (others.split == table.split[others.index]).all() and (others.subgroup == others.index).all()
 
 
 def test_perception_sees_most_of_the_truth(bench, market):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .build import look
+from .build import look, one_split
 from .media import collect_media
 from ..core import BoigError, derive_seed
 from ..data.emoji import use_buckets
@@ -110,7 +110,7 @@ def build_stock(
     lost = media.summary().pictures.drop(["there before", "fetched"])
     table, unseen = look(choose_assets(table, test, valid, seed).drop(columns="file"), media.files, seen, verbalizer, words=False)
     unseen.pop("there is no picture", None)  # `media` knows why
-    return table, left_out | lost.astype(int).to_dict() | {f"left out: {k}": n for k, n in unseen.items()}
+    return one_split(table, media.files), left_out | lost.astype(int).to_dict() | {f"left out: {k}": n for k, n in unseen.items()}
 
 def decode(images) -> torch.Tensor: # [B, 3, H, W] float32 in [0, 1]
     "Pictures of one size from their files' bytes."
