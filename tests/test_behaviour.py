@@ -1,21 +1,21 @@
 "Fine-tuning, constrained generation and the controls of Table 1."
 import copy
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from boig.behaviour.evaluate import ask, constant_answer, differences, one_size, pick_test_rows, score_answers, shuffled_kpis, spread, table1
+from boig.behaviour.evaluate import ask, constant_answer, differences, pick_test_rows, score_answers, shuffled_kpis, spread, table1
 from boig.behaviour.batches import PadGroups, encode_example, weighted_loss
 from boig.behaviour.finetune import (add_lora, examples_of, finetune, fixed_texts, last_checkpoint, load_llm, make_llama, save_llm, train_tokenizer)
-from boig.behaviour.generate import Constraint, answer_room, generate_answers, verbalization_grammar
+from boig.behaviour.generate import Constraint, SizedConstraints, answer_room, generate_answers, verbalization_grammar
 from boig.benches.emojibench import build_benchmark
-from boig.benches.instructions import EMOJIBENCH, Example
-from boig.core import BoigError, project_root
+from boig.benches.instructions import EMOJIBENCH, Example, listing1
+from boig.core import BoigError
 from boig.data.verbalization import Verbalization, parse, problems
 from boig.metrics.verbalization_metrics import METRICS
 
@@ -231,8 +231,57 @@ def test_byte_level_tokens_get_no_blank(bench, tok, constraint):
     assert constraint.matcher().try_consume_tokens(tok(" ", add_special_tokens=False).input_ids) == 0 and not constraint.accepts(" " + bench.verbalization[0], tok)
 
 
-def test_large_pictures_are_refused_clearly():
-    with pytest.raises(BoigError, match="256 a side"): verbalization_grammar((5760, 3840))
+@pytest.mark.parametrize("size", [(5, 12), (10, 10), (64, 64), (13, 120), (1200, 675), (5760, 3840), (99999, 10000)], ids=str)
+def test_boxes_lie_within_pictures_of_any_size(tok, size):
+    "Corners that differ in their first, their last or no digit, or in how many they have: allowed if and only if they make a box inside the picture."
+    constraint, rng = Constraint(verbalization_grammar(size, 1), tok), np.random.default_rng(0)
+    right = '{"color and tones": {"colors": {"Red": {"coverage": 1.0}}, "tones": {"warm": 1.0, "neutral": 0, "cool": 0}}, "objects": {"cat": [BOX]}}'
+    def corners(side):
+        some = [0, 1, 9, 10, 11, 19, 20, 21, side // 3, side // 3 + 1, side // 2, side - 10, side - 1, side, side + 1, *rng.integers(0, side, 6)]
+        return [int(v) for v in some if 0 <= v <= side + 1]
+    found = []
+    for k in range(400):
+        (x1, x2), (y1, y2) = (rng.choice(corners(side), 2) for side in size)
+        if k % 2: (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))
+        found.append(0 <= x1 < x2 <= size[0] and 0 <= y1 < y2 <= size[1])
+        assert constraint.accepts(right.replace("BOX", f"{x1}, {y1}, {x2}, {y2}"), tok) == found[-1], (x1, y1, x2, y2)
+    assert 40 < sum(found) < 360
+    for wrong in ("00, 1, 3, 4", "1, 01, 3, 4", "1, 1, -3, 4", "1, 1, 3.0, 4", "1, 1, 3, ", "1, 1, 3"): assert not constraint.accepts(right.replace("BOX", wrong), tok)
+
+@pytest.mark.parametrize("size", [(1, 2), (10, 20), (64, 64), (101, 99), (1200, 675)], ids=str)
+def test_no_corner_leads_nowhere(tok, size):
+    "After 1, 19, 50 no second corner begins with a 1, for none of 10 to 19 lies below 19: who types only what is allowed always comes to an end."
+    constraint = Constraint(verbalization_grammar(size, 1), tok)
+    begun = tok('{"color and tones": {"colors": {"Red": {"coverage": 1.0}}, "tones": {"warm": 1.0, "neutral": 0, "cool": 0}}, "objects": {"cat": [', add_special_tokens=False).input_ids
+    for seed in range(150):
+        rng, m, typed, mask = np.random.default_rng(seed), constraint.matcher(), list(begun), allocate_token_bitmask(1, len(tok))
+        assert m.try_consume_tokens(typed) == len(typed)
+        while not m.is_stopped():
+            fill_next_token_bitmask(m, mask, 0)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8)[0], bitorder="little")[:len(tok)])
+            assert len(allowed), tok.decode(typed)
+            typed.append(int(rng.choice(allowed))); m.consume_token(typed[-1])
+        assert problems(parse(tok.decode(typed, skip_special_tokens=True)).value, size) == []
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 100_000)])
+def test_no_picture_is_so_large(size):
+    with pytest.raises(BoigError, match="1 to 99,999 pixels a side"): verbalization_grammar(size)
+
+def test_each_answer_fits_its_own_picture(bench, groups, tok):
+    "Pictures of several sizes in one batch: as each would be answered alone."
+    rows, sizes = bench.head(6), [(64, 64), (1200, 675), (3, 2)] * 2
+    rows = rows.assign(**{"image resolution": [str(s) for s in sizes]})
+    model = small(tok, seed=5)
+    answers = ask(model, tok, rows, EMOJIBENCH, True, most_objects=2)
+    for a, s in zip(answers, sizes): assert parse(a).value is not None and problems(parse(a).value, s) == []
+    alone = [generate_answers(model, tok, [listing1(EMOJIBENCH, r)], Constraint(verbalization_grammar(s, 2), tok))[0] for (_, r), s in zip(rows.iterrows(), sizes)]
+    assert answers == alone
+
+def test_many_sizes_are_compiled_once_while_they_are_needed(tok, monkeypatch):
+    made = []
+    monkeypatch.setattr("boig.behaviour.generate.verbalization_grammar", lambda size, most: made.append(size) or verbalization_grammar(size, most))
+    sized = SizedConstraints([(60, 50), (70, 50), (60, 50)], 1, tok)
+    assert sized[0] is sized[2] and sized[1].tokenizer is sized[0].tokenizer and made == [(60, 50), (70, 50)]
 
 
 class Writes:
@@ -249,20 +298,6 @@ def test_there_is_room_for_the_longest_true_answer(tok):
     writes, room = Writes(tok(truth, add_special_tokens=False).input_ids + [tok.eos_token_id]), answer_room(tok, ["{}", truth])
     assert len(writes.ids) > 200 and room >= len(writes.ids)
     assert [parse(generate_answers(writes, tok, ["?"], max_new_tokens=n)[0]).clean for n in (200, room)] == [False, True]
-
-
-def test_sizes_are_checked_without_a_model(bench):
-    rows = bench.head(2)
-    assert one_size(rows) == (64, 64)
-    for sizes, words in ((["(200, 100)", "(100, 100)"], "need one resolution, not 2"), (["(1200, 675)"] * 2, "256 a side")):
-        with pytest.raises(BoigError, match=words): one_size(rows.assign(**{"image resolution": sizes}))
-
-
-@pytest.mark.parametrize("stage, paid", [("boig_llm", "launch("), ("boig_llm_ablations", "launch("), ("boig_shots", "load_llm(")])
-def test_sizes_are_checked_before_anything_is_paid_for(stage, paid):
-    cells = json.loads((project_root()/"nbs"/"90_experiments"/f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "".join(x for c in cells if c["cell_type"] == "code" for x in c["source"])
-    assert 0 < code.index("one_size(") < code.index(paid)
 
 
 def test_picking_rows_spreads_over_buckets_and_ranks(bench):

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .evaluate import KPI_ORDER, score_answers, table1
 from .batches import encode_prompt
-from .generate import Constraint, GrammarProcessor, plain_decoding
+from .generate import GrammarProcessor, constraints_of, plain_decoding
 from ..benches.instructions import DataSpec, listing1
 from ..core import BoigError, derive_seed, digest, write_json
 from ..data.verbalization import parse
@@ -110,7 +110,7 @@ def _read_start(model, ids: list[int]) -> list[DynamicLayer]:
 def answer_locally(
     model, tokenizer,
     ids: list[list[int]], # token ids of each conversation, see `encode`
-    constraint: Constraint | None = None, # None: the model writes freely
+    constraint=None, # as of `generate_answers`; None: the model writes freely
     batch_size: int = 16,
     max_new_tokens: int = 400,
     share: bool = True, # read the common beginning once; False: every time, the same answers
@@ -124,7 +124,7 @@ def answer_locally(
     for rows in (order[at:at + batch_size] for at in range(0, len(order), batch_size)):
         width = max(len(ids[i]) for i in rows)
         pad = lambda fill, value: torch.tensor([value(ids[i][:P]) + [fill] * (width - len(ids[i])) + value(ids[i][P:]) for i in rows], device=model.device)
-        processors = LogitsProcessorList([GrammarProcessor(constraint, len(rows), eos)] if constraint else [])
+        processors = LogitsProcessorList([GrammarProcessor(constraints_of(constraint, rows), eos)] if constraint else [])
         cache = dict(past_key_values=Cache(layers=[SharedStart(l) for l in layers])) if layers else {}
         with plain_decoding(model):
             out = model.generate(input_ids=pad(tokenizer.pad_token_id, list), attention_mask=pad(0, lambda x: [1] * len(x)), do_sample=False, max_new_tokens=max_new_tokens,
