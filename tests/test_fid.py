@@ -2,6 +2,7 @@
 import hashlib
 import json
 import warnings
+import weakref
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -18,6 +19,7 @@ from boig.core import BoigError
 from boig.metrics import fid
 from boig.metrics.fid import (FID_INPUTS, ClipFeatures, FeatureStatistics, Inception, InceptionFeatures, distance, frechet_distance, load_features,
                               load_inception, load_statistics, save_statistics, statistics)
+from boig.perception import pixels
 from boig.perception.pixels import to_tensor
 
 GOLDEN = json.loads((Path(__file__).parent/"data"/"golden_fid_inception.json").read_text())
@@ -248,6 +250,22 @@ def test_pictures_of_all_sizes_and_kinds_in_any_order(clip, tmp_path):
     assert one.n == two.n == 9 and torch.allclose(one.mean, two.mean, atol=1e-6) and torch.allclose(one.scatter, two.scatter, atol=1e-6)
     with pytest.raises(BoigError, match="no pictures"): statistics(look, [])
     with pytest.raises(BoigError, match=r"\[0, 1\]"): statistics(look, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+def test_large_pictures_are_not_all_in_memory_and_batches_of_many_sizes_are_full(monkeypatch):
+    monkeypatch.setattr(pixels, "_MOST_NUMBERS", 12 * 3 * 128)
+    alive, most, seen = weakref.WeakSet(), 0, []
+    def drawn():
+        nonlocal most
+        for k in range(144):
+            alive.add(picture := torch.rand(3, *((16, 8), (8, 16), (4, 32), (32, 4))[k % 4]))
+            most = max(most, len(alive))
+            yield picture
+    def look(images):
+        seen.append(len(images))
+        return images.mean((2, 3))
+    look.name = "means"
+    assert statistics(look, drawn(), batch_size=3).n == 144 and most <= 2 * 12 + 1
+    assert set(seen) == {3}  # not one
 
 def test_half_a_clip_is_an_error(clip, tmp_path):
     from safetensors.torch import load_file, save_file

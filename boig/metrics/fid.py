@@ -12,7 +12,6 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers import CLIPModel
 
 from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, atomic_path, closest, get_device, sha256_file
-from ..perception.pixels import Preprocess, by_size, check_pictures
+from ..perception.pixels import Preprocess, by_size, check_pictures, parts_of
 from ..zoo import cache_dir, resolve
 
 # %% ../../nbs/40_metrics/43_fid.ipynb #39ff448a
@@ -253,11 +252,11 @@ def load_features(
 def statistics(
     features, # of `load_features`
     pictures, # [N, 3, H, W], or any number of files, PIL images or tensors [3, H, W], of any sizes
-    batch_size: int = 64, # pictures in memory at once
+    batch_size: int = 64, # pictures of one size that are looked at together
 ) -> FeatureStatistics:
-    "Look at pictures, a batch at a time."
-    pictures, total = iter(pictures), None
-    while part := list(islice(pictures, batch_size)):
+    "Look at pictures, no more in memory than it holds."
+    total = None
+    for part in parts_of(pictures, 16 * batch_size): # of several sizes: many at once, so that batches are full
         new = FeatureStatistics.of(torch.stack(by_size(lambda images, _: features(images), part, batch_size)), features.name)
         total = new if total is None else total + new
     if total is None: raise BoigError("There are no pictures to look at.")
