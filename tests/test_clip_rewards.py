@@ -308,6 +308,13 @@ def test_bad_calls(tiny, images, prompts, says):
     with pytest.raises(BoigError, match=says): tiny(images, prompts)
 
 
+def test_in_half_precision_training_scores_stay_whole(tiny, pictures):
+    images, captions = pictures
+    for reward in (tiny, load_aesthetic(SHIPPED_HEAD, device="cpu")):
+        with torch.autocast("cpu", torch.bfloat16): half = reward(images, captions)
+        assert half.dtype == torch.float32 and torch.equal(half, reward(images, captions))
+
+
 def test_nothing_gives_nothing(tiny):
     assert tiny(torch.zeros(0, 3, 8, 8), []).shape == (0,)
     assert load_aesthetic(SHIPPED_HEAD, device="cpu")(torch.zeros(0, 3, 8, 8)).shape == (0,)

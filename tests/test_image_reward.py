@@ -198,6 +198,11 @@ def test_pictures_do_not_depend_on_their_batch(reward):
         together, alone = reward(images, prompts), torch.cat([reward(images[i:i + 1], prompts[i:i + 1]) for i in range(4)])
     assert torch.allclose(together, alone, atol=1e-4) and together.std() > 0
 
+def test_in_half_precision_training_scores_stay_whole(reward):
+    images, prompts = torch.rand(2, 3, 32, 32), ["a red shoe", "a table"]
+    with torch.autocast("cpu", torch.bfloat16): half = reward(images, prompts)
+    assert half.dtype == torch.float32 and torch.equal(half, reward(images, prompts))
+
 def test_gradients_reach_every_pixel_that_is_judged(reward):
     images = torch.rand(2, 3, 40, 80, requires_grad=True)
     reward(images, ["a red shoe"] * 2).sum().backward()

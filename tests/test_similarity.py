@@ -141,6 +141,11 @@ def test_references_of_any_size(reward, tmp_path):
     assert torch.allclose(reward(images, context={"references": [first, second]}), each.mean(0), atol=1e-5)
     assert torch.allclose(reward(images, context={"references": [str(tmp_path/"first.png"), second]}), each.mean(0), atol=1e-2)
 
+def test_in_half_precision_training_scores_stay_whole(reward):
+    images, context = torch.rand(2, 3, 32, 32), {"references": torch.rand(3, 3, 32, 32)}
+    with torch.autocast("cpu", torch.bfloat16): half, z = reward(images, context=context), reward.embed(images)
+    assert half.dtype == z.dtype == torch.float32 and torch.equal(half, reward(images, context=context)) and torch.equal(z, reward.embed(images))
+
 def test_gradients_reach_the_pixels_and_nothing_else(folders):
     reward = load(folders["vit"])
     images, refs = torch.rand(2, 3, 48, 48, requires_grad=True), torch.rand(2, 3, 32, 32, requires_grad=True)

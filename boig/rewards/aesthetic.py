@@ -15,7 +15,7 @@ from transformers import CLIPModel
 from ..checkpoints import load_original, local_file, read_tensors
 from ..core import BoigError, get_device
 from ..perception.pixels import Preprocess, check_pictures
-from .base import register
+from .base import exactly, register
 from .clip_scores import embed_images, load_clip
 from ..zoo import entries, resolve
 
@@ -56,7 +56,7 @@ class AestheticScore:
         context: dict | None = None, # not read
     ) -> torch.Tensor: # [B] float32
         if not len(check_pictures(images)): return images.new_zeros(0, dtype=torch.float32)
-        return self.head(embed_images(self.model, self.preprocess, images))
+        with exactly(self.model): return self.head(embed_images(self.model, self.preprocess, images))
 
 # %% ../../nbs/45_rewards/47_aesthetic.ipynb #90275aeb
 def load_aesthetic(

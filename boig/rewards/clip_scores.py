@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from ..checkpoints import load_original, load_pretrained, local_file, read_tensors
 from ..core import BoigError, closest, get_device
 from ..perception.pixels import Preprocess
-from .base import check_call, register
+from .base import check_call, exactly, register
 from ..zoo import entries, resolve
 
 # %% ../../nbs/45_rewards/46_clip_scores.ipynb #b67573fa
@@ -61,8 +61,9 @@ class ClipScore:
         context: dict | None = None, # not read
     ) -> torch.Tensor: # [B] float32
         if not len(check_call(images, prompts)): return images.new_zeros(0, dtype=torch.float32)
-        cos = (embed_images(self.model, self.preprocess, images) * embed_texts(self.model, self.tokenizer, prompts)).sum(-1)
-        return self.factor * cos
+        with exactly(self.model):
+            cos = (embed_images(self.model, self.preprocess, images) * embed_texts(self.model, self.tokenizer, prompts)).sum(-1)
+            return self.factor * cos
 
 # %% ../../nbs/45_rewards/46_clip_scores.ipynb #5f976bc6
 def load_preprocess(folder: Path) -> Preprocess:

@@ -17,7 +17,7 @@ from transformers import BertTokenizer, BlipConfig, BlipTextModel, BlipVisionMod
 from ..checkpoints import load_original, read_tensors
 from ..core import BoigError, get_device
 from ..perception.pixels import Preprocess
-from .base import check_call, register
+from .base import check_call, exactly, register
 from ..zoo import cache_dir
 
 # %% ../../nbs/45_rewards/48_image_reward.ipynb #3d2c8fea
@@ -110,7 +110,7 @@ class ImageReward:
     ) -> torch.Tensor: # [B] float32
         if not len(check_call(images, prompts)): return images.new_zeros(0, dtype=torch.float32)
         device = next(self.net.parameters()).device
-        return self.net(self.pixels(images.to(device, torch.float32)), **encode(self.tokenizer, prompts).to(device))
+        with exactly(self.net): return self.net(self.pixels(images.to(device, torch.float32)), **encode(self.tokenizer, prompts).to(device))
 
 # %% ../../nbs/45_rewards/48_image_reward.ipynb #f9e55005
 FILES = {"ImageReward.pt": "huggingface.co/THUDM/ImageReward", "med_config.json": "huggingface.co/THUDM/ImageReward",

@@ -22,7 +22,7 @@ from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProject
 from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, closest, get_device
 from ..perception.pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, by_size, check_pictures
-from .base import references, register
+from .base import exactly, references, register
 from .clip_scores import open_clip_name
 from ..zoo import cache_dir, entries, resolve
 
@@ -57,7 +57,7 @@ class Similarity:
 
     def embed(self, images: torch.Tensor) -> torch.Tensor: # [B, D], unit length
         "Pictures [B, 3, H, W] in [0, 1] as vectors."
-        return features(self.model, self.prepare(images.to(self.model.device, torch.float32)))
+        with exactly(self.model): return features(self.model, self.prepare(images.to(self.model.device, torch.float32)))
 
     @torch.no_grad()
     def embed_references(self, context: dict | None) -> torch.Tensor: # [R, D]; [1, D] if pooled
@@ -75,7 +75,7 @@ class Similarity:
     ) -> torch.Tensor: # [B] float32
         z = self.embed_references(context)
         if not len(check_pictures(images)): return images.new_zeros(0, dtype=torch.float32)
-        return (self.embed(images) @ z.T).mean(1)
+        with exactly(self.model): return (self.embed(images) @ z.T).mean(1)
 
 # %% ../../nbs/45_rewards/49_similarity.ipynb #a7c7b821
 PIXELS = {"clip": lambda side: Preprocess((side, side), shortest=side),
