@@ -73,6 +73,9 @@ def load_pretrained(
     dtype=torch.float32,
 ): # the model, in evaluation mode
     "`kind.from_pretrained`, but BoigError if a tensor is missing, left over, or of another shape."
+    if Path(folder).is_dir() and not any(p.suffix in (".safetensors", ".bin") for p in Path(folder).iterdir()):
+        raise BoigError(f"{folder} holds no {kind.__name__} that can be read: there are no weights in it. If they are published as a pickle (pytorch_model.bin), which is not fetched "
+                        f"by itself, download the model into {cache_dir()/'OWNER'/'NAME'}; for those of the papers `boig doctor --scale paper` prints the command.")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would warn of is an error here
     try: model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)

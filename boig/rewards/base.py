@@ -44,7 +44,7 @@ def references(context: dict | None) -> torch.Tensor: # [R, 3, H, W]
     return check_pictures(context["references"])
 
 def exactly(model: torch.nn.Module):
-    "A context in which a model answers in the precision of its weights, though the caller's autocast may be on: in bfloat16, PickScores of one text would be equal."
+    "A context in which a model answers in the precision of its weights, though the caller's autocast may be on: in bfloat16, PickScores a tenth apart are one number."
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 # %% ../../nbs/45_rewards/45_rewards.ipynb #28d9c0bd
