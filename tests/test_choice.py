@@ -92,6 +92,8 @@ def test_adjusted_rand_against_pairs():
         chance = one * other / 66
         assert adjusted_rand(a, b) == pytest.approx((both - chance) / ((one + other) / 2 - chance)) == pytest.approx(adjusted_rand(b, a))
     assert adjusted_rand(list("xxyy"), [1, 1, 0, 0]) == 1
+    with pytest.raises(BoigError, match="2 of 4 points have no label"): adjusted_rand([0, 0, 1, 1], ["a", "a", None, None])
+    with pytest.raises(BoigError, match="1 of 4 points have no label"): silhouette(np.eye(4), [0, 0, 1, np.nan])
 
 
 def test_k_means_finds_what_is_there_whatever_the_seed():

@@ -97,9 +97,15 @@ def k_means(
     return best[1]
 
 # %% ../../nbs/40_metrics/46_choice.ipynb #037002d6
+def _numbers(labels) -> np.ndarray: # [n]
+    "Labels as 0 … K-1; BoigError if one is missing."
+    found = pd.factorize(np.asarray(labels))[0]
+    if missing := int((found < 0).sum()): raise BoigError(f"{missing} of {len(found)} points have no label: leave them out.")
+    return found
+
 def _clusters(x: np.ndarray, labels) -> tuple[np.ndarray, np.ndarray, int]:
     "Points, labels as 0 … K-1, and K; at least two clusters, fewer than points."
-    x, names = _points(x), pd.factorize(np.asarray(labels))[0]
+    x, names = _points(x), _numbers(labels)
     if len(names) != len(x): raise BoigError(f"{len(x)} points need {len(x)} labels, not {len(names)}.")
     k = names.max() + 1
     if not 2 <= k < len(x): raise BoigError(f"{k} clusters of {len(x)} points cannot be rated: it takes at least 2, and fewer than points.")
@@ -129,7 +135,7 @@ def davies_bouldin(x: np.ndarray, labels) -> float: # ≥ 0, lower is clearer
 # %% ../../nbs/40_metrics/46_choice.ipynb #66a90f39
 def adjusted_rand(labels, truth) -> float: # at most 1; 0 on average for chance
     "How well two cuts of the same points agree (Hubert and Arabie 1985)."
-    a, b = (pd.factorize(np.asarray(v))[0] for v in (labels, truth))
+    a, b = map(_numbers, (labels, truth))
     if len(a) != len(b) or len(a) < 2: raise BoigError(f"Two labels each for at least two points are needed, not {len(a)} and {len(b)}.")
     table = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(table, (a, b), 1)
