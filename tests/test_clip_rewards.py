@@ -341,6 +341,10 @@ def test_five_layers_are_one(tmp_path):
     y = (e / e.norm(dim=-1, keepdim=True)).double()
     for n in LAION: y = y @ layers[f"layers.{n}.weight"].double().T + layers[f"layers.{n}.bias"].double()
     w, b = direction(reward.head, 768)
+    assert {p.dtype for p in reward.head.parameters()} == {torch.float32}
+    short = Head(LAION).half()
+    direction(short, 768)
+    assert {p.dtype for p in short.parameters()} == {torch.float16}  # looked at, and left as it is
     assert reward(x).tolist() == pytest.approx(y[:, 0].tolist(), abs=1e-6) and reward.name == "aesthetic"
     assert (F.normalize(e, dim=-1).double() @ w + b).tolist() == pytest.approx(y[:, 0].tolist(), abs=1e-6)
     assert torch.equal(reward(x, ["a", "b", "c"]), reward(x))  # it does not read

@@ -6,6 +6,7 @@
 __all__ = ['LAION', 'Head', 'direction', 'AestheticScore', 'load_aesthetic']
 
 # %% ../../nbs/45_rewards/47_aesthetic.ipynb #82e620df
+import copy
 import json
 
 import torch
@@ -35,10 +36,9 @@ class Head(nn.Module):
 @torch.no_grad()
 def direction(head: Head, dim: int) -> tuple[torch.Tensor, torch.Tensor]: # [dim] and a scalar, float64
     "w and b of a head: what it says of nothing, and how much each axis adds."
-    head = head.double()
+    head = copy.deepcopy(head).cpu().double()
     b = head(torch.zeros(1, dim, dtype=torch.float64))
     w = head(torch.eye(dim, dtype=torch.float64)) - b
-    head.float()
     return w, b[0]
 
 # %% ../../nbs/45_rewards/47_aesthetic.ipynb #e58d7e4d
