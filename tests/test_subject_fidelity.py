@@ -3,10 +3,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from boig.core import BoigError
 from boig.metrics.subject_fidelity import action_shown, change_costs, change_scores, fidelity_differences, fidelity_table, prefers_failures, score_pictures, where
+from boig.perception import pixels
 from boig.perception.detector import Detection
 
 
@@ -26,6 +28,20 @@ def test_every_picture_has_its_own_prompt_and_all_references():
     assert scores["r"].tolist() == pytest.approx([0.5, 0.5, 0.5], abs=1e-6)  # |v - 0| + |v - 1| = 1
     assert (scores["w"] - scores["r"]).tolist() == pytest.approx([1, 2, 3], abs=1e-6)
     with pytest.raises(BoigError, match="3 pictures need 3 prompts"): score_pictures(images, ["a"], [red(0)], [])
+
+def test_files_are_unpacked_a_part_at_a_time_and_once_for_all_judges(monkeypatch, tmp_path):
+    values, opened, most, read = [k / 20 for k in range(20)], [], [], pixels.to_tensor
+    for k, v in enumerate(values): Image.new("RGB", (8, 8), (round(255 * v), 0, 0)).save(tmp_path/f"{k}.png")
+    files, refs = [tmp_path/f"{k}.png" for k in range(20)], [tmp_path/"0.png"]
+    monkeypatch.setattr(pixels, "_MOST_NUMBERS", 5 * 3 * 64)
+    monkeypatch.setattr(pixels, "to_tensor", lambda p: opened.append(p) or read(p))
+    class Watching(Redness):
+        def __call__(self, images, prompts, context=None):
+            most.append(len(opened))
+            return super().__call__(images, prompts, context)
+    scores = score_pictures(files, ["a " * k for k in range(20)], refs, [Watching("r"), Watching("w", 1.0)])
+    assert scores["r"].tolist() == pytest.approx([1 - v for v in values], abs=0.01) and (scores["w"] - scores["r"]).round(3).tolist() == list(range(20))
+    assert opened == files and most[0] <= 6
 
 @pytest.mark.parametrize("dx, dy, answer", [(20, 5, "beside"), (-20, 19, "beside"), (0, -30, "above"), (10, -11, "above"), (3, 12, "below"), (0, 0, "beside")])
 def test_where(dx, dy, answer):

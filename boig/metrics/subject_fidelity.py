@@ -13,7 +13,7 @@ import torch
 
 from ..core import BoigError, derive_seed
 from .verbalization_metrics import GROUPS, bootstrap_means, interval
-from ..perception.pixels import by_size
+from ..perception.pixels import by_size, parts_of, to_tensor
 
 # %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #c2ca7c0e
 def score_pictures(
@@ -25,9 +25,13 @@ def score_pictures(
 ) -> pd.DataFrame: # a row a picture, a column a judge, by its name
     "What each judge says of each picture of a subject."
     if len(prompts) != len(images): raise BoigError(f"{len(images)} pictures need {len(images)} prompts, not {len(prompts)}.")
-    context = {"references": list(references)}
+    context = {"references": [r if isinstance(r, torch.Tensor) else to_tensor(r) for r in references]}
+    scores, done = {j.name: [] for j in judges}, 0
     with torch.no_grad():
-        return pd.DataFrame({j.name: [float(s) for s in by_size(lambda x, rows: j(x, [prompts[i] for i in rows], context), images, batch_size)] for j in judges})
+        for part in parts_of(images, 16 * batch_size): # of several sizes: many at once, so that batches are full
+            own = prompts[done:(done := done + len(part))]
+            for j in judges: scores[j.name] += [float(s) for s in by_size(lambda x, rows: j(x, [own[i] for i in rows], context), part, batch_size)]
+    return pd.DataFrame(scores)
 
 # %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #f5e475ea
 def where(
