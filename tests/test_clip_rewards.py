@@ -294,6 +294,17 @@ def test_any_size_and_gradients_to_pixels(tiny, h, w):
     assert torch.allclose(rise, 0.02 * x.grad.flatten(1).norm(dim=1), rtol=0.1, atol=1e-5)
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_thread_of_a_picture_is_cut_before_it_grows(tiny, monkeypatch, upright):
+    x, made, grow = torch.rand(1, 3, 2, 1001), [], F.interpolate
+    if upright: x = x.mT
+    to = (14014, 28) if upright else (28, 14014)
+    whole = grow(x, to, mode="bicubic", antialias=True).clamp(0, 1)
+    middle = whole[..., 6993:7021, :] if upright else whole[..., 6993:7021]
+    monkeypatch.setattr(F, "interpolate", lambda x, to, **how: made.append(max(to)) or grow(x, to, **how))
+    assert torch.allclose(tiny.preprocess.resize(x), middle, atol=1e-4) and max(made) < 41 * 28
+
+
 def test_pixels_are_those_of_the_original_processor(tiny, pictures):
     picture = Image.fromarray((pictures[0][0].permute(1, 2, 0) * 255).round().byte().numpy()).resize((120, 75), Image.Resampling.LANCZOS)
     theirs = torch.as_tensor(np.asarray(CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)(picture, return_tensors="np")["pixel_values"]))

@@ -122,6 +122,9 @@ class Preprocess:
     def resize(self, images: torch.Tensor) -> torch.Tensor: # [B, 3, *size] in [0, 1]
         "Everything but the normalisation."
         h, w = images.shape[-2:]
+        if self.shortest and (ends := (max(h, w) - MOST_STRETCHED * min(h, w)) // 2) > 0: # cut off in the end; first they would fill the memory
+            images = images[..., ends:h - ends, :] if h > w else images[..., ends:w - ends]
+            h, w = images.shape[-2:]
         to = (self.shortest if h <= w else self.shortest * h // w, self.shortest if w <= h else self.shortest * w // h) if self.shortest else self.size
         if to != (h, w): images = F.interpolate(images, to, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
         top, left = ((a - b) // 2 for a, b in zip(to, self.size))
