@@ -240,6 +240,11 @@ def test_clip_features_are_the_models_own(clip):
     with torch.no_grad(): own = CLIPModel.from_pretrained(clip).get_image_features(pixel_values=look.preprocess(x)).pooler_output
     assert torch.allclose(look(x), own, atol=1e-6)
 
+def test_old_preprocessor_files_are_read_as_rewards_read_them(clip, tmp_path):
+    for file in clip.iterdir(): (tmp_path/file.name).write_bytes(file.read_bytes())
+    (tmp_path/"preprocessor_config.json").write_text('{"do_resize": true, "size": 32, "crop_size": 32, "image_mean": [0.5, 0.5, 0.5]}')
+    assert load_features(str(tmp_path), device="cpu").preprocess.std == pixels.CLIP_STD  # what transformers takes for it
+
 def test_pictures_of_all_sizes_and_kinds_in_any_order(clip, tmp_path):
     look, rng = load_features(str(clip), device="cpu"), np.random.default_rng(0)
     kinds = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((32, 32), (1, 1), (40, 64), (32, 32), (90, 33))]

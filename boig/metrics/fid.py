@@ -23,6 +23,7 @@ from transformers import CLIPModel
 from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, atomic_path, closest, get_device, sha256_file
 from ..perception.pixels import Preprocess, by_size, check_pictures, parts_of
+from ..rewards.clip_scores import load_preprocess
 from ..zoo import cache_dir, resolve
 
 # %% ../../nbs/40_metrics/43_fid.ipynb #39ff448a
@@ -247,7 +248,7 @@ def load_features(
     if ref in FID_INPUTS: return InceptionFeatures(load_inception(weights).to(get_device(device)), ref)
     folder = resolve(ref)
     model = load_pretrained(CLIPModel, folder).to(get_device(device))
-    return ClipFeatures(model, Preprocess.load(folder), ref.rstrip("/").rsplit("/", 1)[-1])
+    return ClipFeatures(model, load_preprocess(folder), ref.rstrip("/").rsplit("/", 1)[-1])
 
 def statistics(
     features, # of `load_features`
