@@ -12,7 +12,7 @@ import pandas as pd
 
 from .generate import SizedConstraints, generate_answers
 from ..benches.instructions import DataSpec, listing1
-from ..core import BoigError, derive_seed
+from ..core import derive_seed
 from ..data.palette import TONE_NAMES
 from ..data.verbalization import MAX_COLORS, Verbalization, parse, round_to_one
 from ..metrics.verbalization_metrics import METRICS, bootstrap_means, score_verbalizations
