@@ -147,6 +147,14 @@ def _check_unchanged(step: dict):
     if changed := sorted(k for k in now | planned if now.get(k) != planned.get(k)):
         raise BoigError(f"Code or data have changed since this run was planned ({', '.join(changed[:4])}{' …' * (len(changed) > 4)}). Start it again; what is finished and still stands is not repeated.")
 
+def _check_inputs(results: Path, step: dict, read: dict): # path -> SHA-256
+    "BoigError if what a stage reads is not what the planned stages made: a job of an earlier run may have ended late, or somebody changed a file."
+    for name, key in ((k.removeprefix("stage "), v) for k, v in step["parts"].items() if k.startswith("stage ")):
+        try: made = json.loads(marker(results, name).read_text(encoding="utf-8"))
+        except (OSError, ValueError): made = {}
+        other = sorted(f for f, sha in made.get("outputs", {}).items() if read.get(f, sha) != sha)
+        if made.get("key") != key or other: raise BoigError(f"{', '.join(other[:2]) or f'The result of {name}'} is not what this run was planned with. Let no other job write here, and start the run again; what is finished and still stands is not repeated.")
+
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
     steps = {s["name"]: s for s in _plan(results)["steps"]}
@@ -159,6 +167,8 @@ def run_stage(results: Path, name: str, threads: int = 1):
     resumed = any(not p.name.startswith(".") for p in run_dir.iterdir()) # then its seconds are those of the last leg
     check_notebook(notebook, step["params"])
     _check_unchanged(step)
+    _check_inputs(results, step, done["inputs"])
+    stamps = {f: _stamp(results/f) for f in done["inputs"]}
     def record(state): return dict(done, notebook=step["executed"], state=state, seed=step["params"].get("seed"), parameters=step["params"],
                                    seconds=round(time.time() - start, 1), **_used(), hub=_commits(hub_log), resumed=resumed, provenance=origin)
     try:
@@ -167,6 +177,7 @@ def run_stage(results: Path, name: str, threads: int = 1):
         done["outputs"] = hashes(results, step["outputs"])
         refuse_secrets(results/o for o in done["outputs"])
         _check_unchanged(step)  # notebooks import as they go
+        _check_inputs(results, step, hashes(results, step["inputs"]) if any(_stamp(results/f) != s for f, s in stamps.items()) else done["inputs"])
     except BoigError:
         _stamp_notebook(executed, record("failed"))
         raise

@@ -151,6 +151,22 @@ def test_a_stage_whose_code_changes_while_it_runs_does_not_end_well(world):
     with pytest.raises(BoigError, match=r"Stage first failed. Code or data have changed since this run was planned \(module toylib.maths\)"): world.run(only=["first"])
     assert not [f for f in ("provenance/first.json", ".done/first.json", "runs.jsonl") if (world.results/f).exists()]
 
+def test_a_stage_reads_what_the_planned_stages_made(world):
+    "Not what a job of an earlier run has left by then, nor what somebody changed, before or while it runs."
+    world.run(seed=7)
+    left = {f: (world.results/f).read_bytes() for f in ("data/a.txt", ".done/first.json")}
+    world.run()
+    done = (world.results/".done/second.json").read_bytes()
+    for file, text in (*left.items(), ("data/a.txt", b"1"), (".done/first.json", b"{")):
+        before = (world.results/file).read_bytes()
+        (world.results/file).write_bytes(text)
+        with pytest.raises(BoigError, match="is not what this run was planned with"): run_stage(world.results, "second")
+        (world.results/file).write_bytes(before)
+    assert (world.results/".done/second.json").read_bytes() == done and (world.results/"b.txt").read_text() == "84!"
+    run_stage(world.results, "second")  # the same bytes, written again
+    world.notebook("second", f"{SECOND}\n(Path(results)/'data/a.txt').write_text('1')")
+    with pytest.raises(BoigError, match="Stage second failed. data/a.txt is not what this run"): world.run()
+
 def test_data_from_outside_are_in_the_key(world, capsys):
     (folder := world.root/"answers").mkdir()
     world.notebook("other", OTHER, head=HEAD + "\nanswers: str = ''")
