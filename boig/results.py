@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .core import BoigError, is_half, project_root, provenance, sha256_file, visible
 from .estimate import seconds
-from .reproduce import _lines, _object, asked_for, only_run
+from .reproduce import _lines, _object, asked_for, in_project, only_run
 from .scales import scale_names
 from .stages import Step, choose, load_stages, make_plan, results_folder
 
@@ -135,7 +135,8 @@ def _repeatable(record: dict, step: Step | None, here: dict) -> list[Finding]:
     return [Finding("not repeatable from here", name, w) for w in why]
 
 def _has_commit(commit: str) -> bool:
-    try: return subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=project_root(), capture_output=True).returncode == 0
+    try:
+        with in_project(project_root()): return subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True).returncode == 0
     except (OSError, BoigError): return False
 
 # %% ../nbs/95_front/99_results.ipynb #ee55ac2a

@@ -167,6 +167,25 @@ def test_a_stage_reads_what_the_planned_stages_made(world):
     world.notebook("second", f"{SECOND}\n(Path(results)/'data/a.txt').write_text('1')")
     with pytest.raises(BoigError, match="Stage second failed. data/a.txt is not what this run"): world.run()
 
+def test_the_record_names_the_checkout_that_ran(world, tmp_path_factory, monkeypatch):
+    "Wherever the results lie, and whoever it belongs to."
+    def checkout(root, words):
+        (root/"nbs").mkdir(exist_ok=True)
+        (root/"settings.ini").write_text("lib_name = boig\n")
+        def git(*args): return subprocess.run(["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b", *args], capture_output=True, text=True, check=True).stdout.strip()
+        git("init")
+        git("add", "settings.ini", "nbs")
+        git("commit", "-m", words)
+        return git("rev-parse", "HEAD")
+    ours, _ = checkout(world.root, "ours"), checkout(theirs := tmp_path_factory.mktemp("theirs"), "theirs")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    before = dict(os.environ)
+    world.run(only=["other"], results=theirs/"results/mine")
+    origin = json.loads((theirs/"results/mine/provenance/other.json").read_text())["provenance"]
+    assert (origin["commit"], origin["changed_since_commit"]) == (ours, False)
+    monkeypatch.chdir(world.root)
+    assert results_module._has_commit(ours) and not results_module._has_commit("0" * 40) and dict(os.environ) == before
+
 def test_data_from_outside_are_in_the_key(world, capsys):
     (folder := world.root/"answers").mkdir()
     world.notebook("other", OTHER, head=HEAD + "\nanswers: str = ''")
