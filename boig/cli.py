@@ -89,7 +89,7 @@ def _reproduce(
     again: Annotated[Optional[list[str]], typer.Option(metavar="STAGE", show_default=False,
         help="Run this stage though its result stands, with its checkpoints and kept answers. Repeatable.")] = None,
     jobs: Annotated[Optional[int], typer.Option(show_default=False,
-        help="Stages at once; the cores are shared among them.  [default: 2, or 1 on one core]")] = None,
+        help="Stages at once; the cores are shared among them, and those that need a GPU take turns.  [default: 2, or 1 on one core]")] = None,
     results: Annotated[Optional[Path], typer.Option(help="Where to.  [default: results/<scale> of the project]", show_default=False)] = None,
     profile: Annotated[str, typer.Option(show_default=False,
         help="Send the stages to a cluster: slurm, kubernetes, or a folder with a Snakemake profile.")] = "",

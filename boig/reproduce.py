@@ -322,7 +322,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
     rows = [dict(name=s.stage.name, notebook=str(notebooks/s.stage.notebook), params=s.params, parts=s.parts, key=s.key,
                  inputs=s.stage.inputs, outputs=s.stage.outputs, executed=f"notebooks/{s.stage.name}.ipynb",
                  package=str(s.package), marker=f".done/{s.stage.name}.json", needs=[f".done/{n}.json" for n in s.needs if n in todo],
-                 **(needs(s) if profile else dict(threads=threads, resources={}))) for s in todo.values()]
+                 **(needs(s) if profile else dict(threads=threads, resources={"gpu": 1} if needs(s)["resources"].get("gpu") else {}))) for s in todo.values()]
     run = secrets.token_hex(4)
     write_json(results/"plan.json", dict(run=run, pid=os.getpid(), host=platform.node(), targets=[r["marker"] for r in rows], steps=rows))
     (results/".events.jsonl").write_text("")
@@ -344,7 +344,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
 def _engine(results: Path, profile: Path | None, jobs: int | None, threads: int) -> list:
     "Where Snakemake runs the jobs."
     snakefile = Path(str(files("boig")))/"Snakefile"
-    if profile is None: return ["--snakefile", snakefile, "--cores", jobs * threads]
+    if profile is None: return ["--snakefile", snakefile, "--cores", jobs * threads, "--resources", "gpu=1"]  # of the stages that ask for GPUs one at a time: each takes the first
     shutil.copyfile(snakefile, results/"Snakefile")  # pods are given only what lies here
     return ["--snakefile", results/"Snakefile", "--profile", profile, "--forceall", *(["--jobs", jobs] if jobs else [])]
 

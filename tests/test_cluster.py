@@ -120,6 +120,13 @@ def test_snakemake_passes_on_what_a_stage_asks_for(world, monkeypatch, name):
     assert all(rules["first"][k] == str(v) for k, v in config["default-resources"].items() if k not in ("mem_mb", "runtime"))
     assert rules["other"]["mem_mb"] == str(config["default-resources"]["mem_mb"]) and "gpu" not in rules["other"] and rules["second"]["threads"] == 2
 
+def test_here_stages_that_ask_for_gpus_take_turns(world):
+    "Each would take the first GPU, and two 13B models are too much for it."
+    table = (world.root/"stages.toml").read_text()
+    (world.root/"stages.toml").write_text(table.replace("[other]", f"[other]\n{ASKS}"))
+    world.run(only=["first", "other"], jobs=2)
+    assert [json.loads(e)["event"] for e in (world.results/".events.jsonl").read_text().splitlines()] == ["start", "end"] * 2
+
 
 SLURM = {"sbatch": """for a in "$@"; do case "$a" in --wrap=*) job="${a#--wrap=}"; break;; *) printf '%s ' "$a" >> "$FAKE/asked";; esac; done
 echo >> "$FAKE/asked"; id=$(wc -l < "$FAKE/asked")
