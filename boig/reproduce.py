@@ -117,7 +117,7 @@ def execute(notebook: Path, executed: Path, params: dict, threads: int, hub_log:
     running = executed.with_name(f".{executed.name}") # papermill saves after each cell
     try:
         execute_notebook(str(notebook), f"{_Redacted.scheme}{running}", params, kernel_name="python3", language="python", progress_bar=False,
-            cwd=str(project_of(notebook)), kernel_manager_class=_kernels(threads, hub_log), shutdown_kernel="immediate")
+            cwd=str(project_of(notebook)), kernel_manager_class=_kernels(threads, hub_log), shutdown_kernel="immediate", start_timeout=900)  # seconds: from a cold disk that a cluster shares, imports take minutes
     except PapermillExecutionError as e: raise _failure(e, notebook, running, executed) from None
     except DeadKernelError: raise BoigError(f"{notebook.name}: its kernel was killed (out of memory?). As far as it came: {executed}") from None
     finally:

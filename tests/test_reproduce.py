@@ -828,6 +828,14 @@ def test_kill_9_then_the_same_command_finishes(world, tmp_path_factory):
         assert (world.results/f).read_bytes() == (whole.results/f).read_bytes()
     assert not list(world.results.rglob("*.tmp*"))
 
+def test_a_kernel_may_take_minutes_to_start(tmp_path, monkeypatch):
+    "From a cold disk that a cluster shares; papermill gives it one."
+    import papermill
+    said = {}
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **kw: said.update(kw))
+    module.execute(tmp_path/"a.ipynb", tmp_path/"out/a.ipynb", {}, 1, tmp_path/"hub")
+    assert said["start_timeout"] >= 600
+
 def test_killed_kernel_is_reported(world):
     world.notebook("other", "import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(BoigError, match="^Stage other failed. other.ipynb: its kernel was killed"): world.run(only=["other"])
