@@ -39,9 +39,12 @@ from .zoo import HUB_LOG, resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
 def _locked(fd: int) -> bool:
-    "Whether we have got the lock."
+    "Whether we have got the lock; BoigError where there are none."
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
+    except OSError as e:
+        raise BoigError(f"The file system of the results folder has no locks ({e.strerror}), so two runs could spoil each other's results unseen. "
+                        "Have it mounted with them (Lustre: flock; NFS: its lock daemon), or choose a folder elsewhere with --results.") from e
     return True
 
 @contextmanager

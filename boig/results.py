@@ -55,6 +55,7 @@ def running(results: Path) -> tuple[int | None, set[str]]: # its process, the st
     except BlockingIOError:
         last = {e["stage"]: e["event"] for e in _lines(results/".events.jsonl") if e}
         return int(os.read(fd, 20) or 0), {n for n, e in last.items() if e == "start"}
+    except OSError: return None, set() # a file system without locks, where nothing runs
     finally: os.close(fd)
 
 # %% ../nbs/95_front/99_results.ipynb #010b86be

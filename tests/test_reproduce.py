@@ -1,5 +1,6 @@
 "The front door on throw-away notebooks: keys, guards, failures, locks, and a real kill -9."
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -788,6 +789,13 @@ def test_second_run_says_so(world):
     with only_run(world.results):
         with pytest.raises(BoigError, match=rf"Another run \(pid {os.getpid()}\) is using"): world.run()
     assert not (world.results/"plan.json").exists()
+
+def test_a_file_system_without_locks_is_refused(world, monkeypatch):
+    "Lustre mounted without `flock`, NFS without its lock daemon; looking at results there is fine."
+    def no(*args): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, "flock", no)
+    with pytest.raises(BoigError, match=r"has no locks \(Function not implemented\).* choose a folder elsewhere with --results"): world.run()
+    assert running(world.results) == (None, set()) and not (world.results/"plan.json").exists()
 
 def test_somebody_who_looks_in_is_no_second_run(world):
     "`running` holds the lock for a moment."
