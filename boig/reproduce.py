@@ -180,6 +180,8 @@ def run_stage(results: Path, name: str, threads: int = 1):
     done = dict(stage=name, key=step["key"], inputs=hashes(results, step["inputs"]), outputs={}, parts=step["parts"])
     with in_project(project_of(notebook)): origin = provenance() | {"threads": threads}
     (run_dir := Path(step["params"]["run_dir"])).mkdir(parents=True, exist_ok=True)
+    os.utime(run_dir)
+    began = run_dir.stat().st_ctime  # by the clock of the files, which a file server may have of its own
     hub_log = run_dir/".hub.jsonl"
     resumed = any(not p.name.startswith(".") for p in run_dir.iterdir()) # then its seconds are those of the last leg
     check_notebook(notebook, step["params"])
@@ -200,7 +202,7 @@ def run_stage(results: Path, name: str, threads: int = 1):
         raise
     finally:
         clean_logs(run_dir)
-        clean_logs(results, start - 1, [results/"runs", results/".snakemake", *(results/o for s in steps.values() for o in s["outputs"])])  # also what the table doesn't name, or a failed stage left
+        clean_logs(results, began - 1, [results/"runs", results/".snakemake", *(results/o for s in steps.values() for o in s["outputs"])])  # also what the table doesn't name, or a failed stage left
     _finish(results, done, record("finished"))
 
 # %% ../nbs/95_front/95_reproduce.ipynb #59f192e9

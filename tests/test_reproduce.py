@@ -534,6 +534,21 @@ def test_a_stray_file_with_a_secret_is_struck_out(finished, monkeypatch):
     world.run(only=["other"])
     assert not leaks(world.results) and (world.results/"c.txt").read_text() == "50"
 
+def test_a_stray_file_is_searched_whatever_this_machines_clock_says(finished, monkeypatch):
+    "The file server's may be an hour behind."
+    world, _ = finished
+    before = (executed := world.results/"notebooks/other.ipynb").read_bytes()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    def left(*args):
+        (world.results/"stray.txt").write_text(KEY)
+        raise BoigError("Stopped.")
+    monkeypatch.setattr(module, "execute", left)
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: time.time() + 3600))
+    with pytest.raises(BoigError, match="Stopped."): run_stage(world.results, "other")
+    assert not leaks(world.results) and "[OPENAI_API_KEY]" in (world.results/"stray.txt").read_text()
+    (world.results/"stray.txt").unlink()
+    executed.write_bytes(before)
+
 def test_what_a_killed_run_has_left_is_cleaned_by_the_next(finished, monkeypatch):
     world, _ = finished
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
