@@ -609,6 +609,17 @@ def test_prune_plans_when_nobody_else_can_run(finished, monkeypatch):
     prune(world.results, dry_run=True, **world.toy)
     assert held == [os.getpid()]
 
+def test_prune_takes_nothing_from_under_a_job_that_outlived_its_run(finished):
+    world, _ = finished
+    (old := world.results/"runs/first/0123456789ab").mkdir()
+    (old/"checkpoint").write_text("half way")
+    job = os.open(world.results/"runs/.first.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(job, fcntl.LOCK_EX)
+    with pytest.raises(BoigError, match="A job of an earlier run is still at first. Cancel it"): prune(world.results, **world.toy)
+    assert (old/"checkpoint").is_file() and old in prune(world.results, dry_run=True, **world.toy)[0]
+    os.close(job)
+    assert old in prune(world.results, **world.toy)[0] and not old.exists()
+
 def test_a_models_files_are_one_piece(world, capsys):
     "Weights are hashed with the tokenizer that the table names, and come back with it; a link to a model stays a link."
     (world.root/"stages.toml").write_text('[first]\nnotebook = "first.ipynb"\ntitle = "trains"\noutputs = ["models/m/tokenizer.json", "models/n/tokenizer.json"]\n')
