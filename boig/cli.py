@@ -6,6 +6,7 @@
 __all__ = ['app', 'zoo', 'pairs', 'value', 'names', 'status', 'verify', 'prune', 'crate', 'plan', 'report']
 
 # %% ../nbs/95_front/97_cli.ipynb #721d702b
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,6 +21,8 @@ from .core import BoigError, closest
 class _Front(TyperGroup):
     "The gate that every command passes through."
     def invoke(self, ctx):
+        for said in (sys.stdout, sys.stderr):
+            if hasattr(said, "reconfigure"): said.reconfigure(errors="replace") # a terminal without … in its alphabet shows ?, and stops no run
         try: return super().invoke(ctx)
         except BoigError as e:
             typer.secho(str(e), fg="red", err=True)

@@ -1,4 +1,5 @@
 "The command line: help that teaches, and one line for a mistake."
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,12 @@ def test_help_is_quick():
     start = time.time()
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.time() - start < 5 # the promise is one second; a busy CI machine gets slack
+
+def test_a_terminal_with_a_small_alphabet_stops_no_run(tmp_path):
+    "Latin-1, as some logins still have it: what it cannot show is a question mark."
+    code = "from boig.cli import app; app(['reproduce', '--scale', 'smoke', '--dry-run', '--results', 'none'])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert out.returncode == 0 and b" ? would run: " in out.stdout, out.stderr
 
 @pytest.mark.parametrize("args, message", [
     (["--scale", "poket"], "Unknown scale 'poket'. Did you mean 'pocket'?"),
