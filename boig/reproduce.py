@@ -35,7 +35,7 @@ from .kept import bring_back, find, hashes, keep
 from .safe import clean_logs, redact, refuse_secrets
 from .scales import load_scale
 from .stages import Step, check_notebook, choose, code_parts, data_parts, load_stages, make_plan, marker, project_of, results_folder
-from .zoo import HUB_LOG, resolve
+from .zoo import _last_error, HUB_LOG, resolve
 
 # %% ../nbs/95_front/95_reproduce.ipynb #65e9e853
 def _locked(fd: int) -> bool:
@@ -343,7 +343,7 @@ def run_plan(steps: list[Step], results: Path, notebooks: Path, jobs: int | None
             write_text(log, redact(log.read_text(encoding="utf-8", errors="replace")))  # what a kernel's own libraries print goes there
             if profile: clean_logs(results/".snakemake")  # or into the cluster's logs
     if failures: raise BoigError("\n".join(failures))
-    if engine.returncode: raise BoigError(f"Snakemake stopped with exit code {engine.returncode}. Its log: {log}")
+    if engine.returncode: raise BoigError(f"Snakemake stopped with exit code {engine.returncode} ({_last_error(log.read_text(encoding='utf-8'))}). Its log: {log}")
 
 # %% ../nbs/95_front/95_reproduce.ipynb #e63b4641
 def _engine(results: Path, profile: Path | None, jobs: int | None, threads: int) -> list:

@@ -127,6 +127,12 @@ def test_here_stages_that_ask_for_gpus_take_turns(world):
     world.run(only=["first", "other"], jobs=2)
     assert [json.loads(e)["event"] for e in (world.results/".events.jsonl").read_text().splitlines()] == ["start", "end"] * 2
 
+def test_what_stopped_snakemake_is_told(world, monkeypatch):
+    "A home that cannot be written, say, as of a pod; or a cluster's refusal of a job."
+    (file := world.root/"file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file/"cache"))
+    with pytest.raises(BoigError, match=rf"Snakemake stopped with exit code 1 \(NotADirectoryError: .*{file.name}.*\)\. Its log: "): world.run(only=["first"])
+
 
 SLURM = {"sbatch": """for a in "$@"; do case "$a" in --wrap=*) job="${a#--wrap=}"; break;; *) printf '%s ' "$a" >> "$FAKE/asked";; esac; done
 echo >> "$FAKE/asked"; id=$(wc -l < "$FAKE/asked")
