@@ -26,7 +26,7 @@ def table_names(results) -> list[str]:
 def _long(table: pd.DataFrame) -> pd.DataFrame: # by row and column: value, low, high
     "A table as one line a number, with its interval."
     words = [c for c in table if c not in _ASIDE and not pd.api.types.is_numeric_dtype(table[c])]
-    row = table[words].fillna("").astype(str).agg(", ".join, axis=1) if words else pd.Series("", table.index)
+    row = pd.Series([", ".join(r) for r in table[words].fillna("").astype(str).to_numpy()], table.index, dtype=object) # of no rows, too
     again = row.groupby(row).cumcount()
     row = row.where(again == 0, row + " #" + (again + 1).astype(str))
     ends, found = {e for c in table for e in ends_of(table, c)}, {}
@@ -34,7 +34,7 @@ def _long(table: pd.DataFrame) -> pd.DataFrame: # by row and column: value, low,
         low, high = ends_of(table, c)
         half = table.get(f"± {c}", math.nan)
         found[c] = pd.DataFrame({"row": row, "value": table[c], "low": table.get(low, table[c] - half), "high": table.get(high, table[c] + half)})
-    return pd.concat(found, names=["column"]).reset_index(level="column").set_index(["row", "column"]) if found else pd.DataFrame(columns=["value", "low", "high"])
+    return pd.concat(found, names=["column"]).reset_index(level="column").set_index(["row", "column"]) if found else pd.DataFrame(columns=["value", "low", "high"], index=pd.MultiIndex.from_arrays([[], []], names=["row", "column"]))
 
 # %% ../nbs/95_front/99_compare.ipynb #307dde1a
 _THREE = ("value", "low", "high")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import boig
-from boig.compare import compare_page, table_names
+from boig.compare import compare, compare_page, table_names
 from boig.core import BoigError
 from boig.report import environment, folded, gallery, records, stage_blocks, write_report
 
@@ -208,6 +208,15 @@ def test_two_seeds_are_judged_together(made, tmp_path):
     said = write_report(tmp_path/"42", tmp_path/"43").read_text(encoding="utf-8")
     assert ", 2 seeds" in said and f"Judged together with {tmp_path/'43'}" in said and "Judged together" not in write_report(tmp_path/"43").read_text(encoding="utf-8")
     with pytest.raises(BoigError, match="no results folder"): write_report(tmp_path/"42", tmp_path/"44")
+
+@pytest.mark.parametrize("mine, theirs, count", [("m,v\n", "m,v\na,1\n", 1), ("m,v\n", "m,v\n", 0), ("m,said\na,x\n", "m,said\na,x\n", 0), ("m,said\na,x\n", "m,said\na,2\n", 1)])
+def test_tables_without_rows_or_numbers_are_compared(tmp_path, mine, theirs, count):
+    "Nobody rated, or no server answered: a run of days must not end in a traceback for it."
+    for name, text in (("mine", mine), ("theirs", theirs)):
+        (tmp_path/name/"tables").mkdir(parents=True)
+        (tmp_path/name/"tables/t.csv").write_text(text)
+    found, changed, line = compare(tmp_path/"mine", tmp_path/"theirs")
+    assert len(found) == count and not found.within.any() and changed.empty and f"0 of {count} numbers in 1 tables agree" in line
 
 def test_a_broken_record_is_told(made, tmp_path):
     import shutil
