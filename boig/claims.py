@@ -278,25 +278,33 @@ def judge(
     results, # a results folder, or several of one scale that differ by seed
     claims: list[Claim] | None = None, # the package's by default
     write: bool = True, # `claims.csv` into the (first) folder
-) -> pd.DataFrame: # one row a claim
+) -> pd.DataFrame: # one row a claim; of several seeds, `each seed` tells what one alone would say
     "Test every claim on the tables of a results folder."
     folders = [Path(f) for f in (results if isinstance(results, (list, tuple)) else [results])]
     makers = {Path(o).stem: (s.name, s.scales[0] if s.scales else "") for s in load_stages().values() for o in s.outputs if o.endswith(".csv")}
-    out = pd.DataFrame([_row(c, folders, makers) for c in (load_claims() if claims is None else claims)])
+    seeds = {_seed(f): f for f in folders} if len(folders) > 1 else {}
+    out = pd.DataFrame([_row(c, folders, makers, seeds) for c in (load_claims() if claims is None else claims)])
     out = out.astype({c: "Int64" for c in ("n", "n_needed", "seeds")})
     if write: write_csv(folders[0]/"claims.csv", out)
     return out
 
-def _row(c: Claim, folders: list, makers: dict) -> dict:
+def _seed(folder: Path) -> str:
+    "The seed of a results folder's tables."
+    tables = (pd.read_csv(f, nrows=1) for f in sorted([*folder.glob("tables/*.csv"), *folder.glob("*.csv")]))
+    return next((str(t.seed[0]) for t in tables if "seed" in t and len(t)), "?")
+
+def _row(c: Claim, folders: list, makers: dict, seeds: dict) -> dict:
     "A claim's line of claims.csv."
     found, expected = run_tests(c.ours, folders), run_tests(c.oracle, folders)
+    alone = {s: v for s, f in seeds.items() if (v := verdict(run_tests(c.ours, [f]), c.need)) != "not run"}
     shown, truth = deciding(found, c.need), deciding(expected, c.need)
     def said(o): return f"{o.label}{'; ' if o.asked.startswith('claimed') else ' '}{o.asked}" if o else ""
     def ends(o, name=""): return dict(zip((f"{name}measured", f"{name}low", f"{name}high"), (o.found.value, *o.found.ends()) if o else (None,) * 3))
     return {"id": c.id, "paper": c.source, "where": c.where, "claim": c.says, "paper value": c.numbers, "paper supports": supported(c), **ends(shown),
             "n": shown.found.n if shown else None, "verdict": verdict(found, c.need), "n_needed": n_needed(found, c.need), "row": said(shown), "tests": _counts(found, c.need),
             "oracle": verdict(expected, c.need) if c.oracle else "", **ends(truth, "oracle "), "oracle row": said(truth),
-            "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
+            "table": " ".join(dict.fromkeys(t["table"] for t in c.ours)), "seeds": shown.found.seeds if shown else None, "each seed": "; ".join(f"{s} {v}" for s, v in alone.items()) if len(alone) > 1 else "",
+            "note": " ".join(filter(None, [_reason(found, makers), c.about]))}
 
 # %% ../nbs/95_front/93_claims.ipynb #f1ada18b
 def decided(runs: dict[str, pd.DataFrame]) -> str: # name of a run -> of `judge`, or of claims.csv; Markdown

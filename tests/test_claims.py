@@ -124,6 +124,7 @@ def test_three_seeds_join_both_noises(tmp_path):
     r = judge([tmp_path/str(k) for k in range(3)], [Claim("c", "p", "", "", "", ours=(test("up"),))]).iloc[0]
     half = 4.302653 * 0.1 / math.sqrt(3)
     assert r.seeds == 3 and r.measured == pytest.approx(0.2) and r.high - r.measured == pytest.approx(half, rel=1e-4) and r.verdict == "undecided"
+    assert r["each seed"] == "0 holds; 1 holds; 2 holds"
     assert (tmp_path/"0"/"claims.csv").is_file() and not (tmp_path/"1"/"claims.csv").exists()
 
 @pytest.mark.parametrize("shared", [True, False], ids=["same samples", "own samples"])
