@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from boig.claims import ends_of, select
+from boig.claims import ends_of, number, select
 from boig.core import project_root
 
 ROOT = project_root()
 NOTED = tomllib.loads((ROOT/"tests"/"data"/"findings.toml").read_text(encoding="utf-8"))
-KEYS = {"scale", "table", "rows", "column", "mean", "json", "at", "each", "exp", "times"}
+KEYS = {"scale", "table", "rows", "column", "mean", "seeds", "json", "at", "each", "exp", "times"}
 NUMBER = r"(?<![\w.@])[-+]?\d+(?:\.\d+)?(?!\.?\w)"
 INTERVAL = rf"({NUMBER})(?: %|(?: [a-z]+){{1,3}})?(?:, | \()(?:by Student's interval )?(?:from )?({NUMBER}) to ({NUMBER})" # a value and its ends
 RESULT = rf"{INTERVAL}|{NUMBER} to {NUMBER}|{NUMBER} %|(?<![\w.@])[-+]?\d+\.\d+(?!\.?\w)|(?<!\w)[-+]\d+" # what looks like one
@@ -52,9 +52,11 @@ def looked_up(source: dict) -> tuple[str, list[tuple]]: # where, and (value, low
         ends = [within.get(e, math.nan) if isinstance(within, dict) else math.nan for e in ("low", "high")]
         return f"{source['json']}, {' > '.join(map(str, source['at']))}", [(x, *ends) for x in (found if isinstance(found, list) else [found])]
     tables, column = [source["table"]] if isinstance(source["table"], str) else source["table"], source.get("column")
-    rows = [r for t in tables for _, group in select(table_rows(source["scale"], t), source["rows"]) for r in group]
+    scales = [source["scale"], *(f"{source['scale']}/{p.name}" for p in sorted((ROOT/"results"/"reference"/source["scale"]).glob("seed-*")))] if source.get("seeds") else [source["scale"]]
+    rows = [r for s in scales for t in tables for _, group in select(table_rows(s, t), source["rows"]) for r in group]
     where = f"{source['scale']}/{', '.join(f'{t}.csv' for t in tables)}, {', '.join(map(str, source['rows'].values()))}{f': {column}' if column else ''}"
     if column is None: return where, [(len(rows), math.nan, math.nan)]
+    if source.get("seeds"): return f"{where}, {len(scales)} seeds", [((x := number(rows, column)).value, *x.ends())]
     found = [(r[column], *(r.get(e, math.nan) for e in ends_of(r, column))) for r in rows]
     if not source.get("mean") or len(found) < 2: return where, found
     values = [x for x, *_ in found]
