@@ -231,9 +231,11 @@ def n_needed(outcomes: list[Outcome], need: str = "all") -> float: # NaN if noth
     "The samples that would decide a claim, were the effects as large as they look."
     must = _must(k := len(outcomes), need)
     def cost(o):
-        s, right = o.slack, o.slack.value > 0
-        half = s.value - s.ends(k - must + 1)[0] if right else s.ends(must)[1] - s.value
-        return s.n * (half / s.value) ** 2 if s.value and half > 0 else math.inf
+        right = o.slack.value > 0
+        def half(s): return s.value - s.ends(k - must + 1)[0] if right else s.ends(must)[1] - s.value
+        own = half(replace(o.slack, seeds=1))
+        if half(o.slack) > max(own, abs(o.slack.value)): return math.inf # the seeds differ by more than the effect
+        return o.slack.n * (own / o.slack.value) ** 2 if o.slack.value and own > 0 else math.inf
     if not k or any(o.slack is None for o in outcomes): return math.nan
     right, wrong = (sorted(cost(o) for o in outcomes if (o.slack.value > 0) == side) for side in (True, False))
     if any(map(math.isnan, right + wrong)): return math.nan # a sorted list with NaN in it has no order

@@ -144,6 +144,14 @@ def test_runs_are_compared_run_by_run():
     o, = run_tests_on(rows[:-1], {"table": "t", "rows": {"m": "a"}, "column": "x", "is": ">", "than": {"m": "b"}})  # the last run lacks one of them
     assert o.found.value == pytest.approx(1.05) and o.found.seeds == 2
 
+def test_samples_do_not_decide_where_seeds_differ():
+    "Means of 1, 2 and 6: more samples make a run's own interval narrower, not the runs more alike."
+    rows = [{"x": x, "± x": 4.0, "n": 50, "seed": s} for s, x in enumerate((1.0, 2.0, 6.0))]
+    o, = run_tests_on(rows, {"table": "t", "rows": {}, "column": "x", "is": ">", "than": 0})
+    assert verdict([o]) == "undecided" and math.isnan(n_needed([o]))
+    o, = run_tests_on([r | {"x": 3 + r["seed"] / 10} for r in rows], {"table": "t", "rows": {}, "column": "x", "is": ">", "than": 0})  # these agree: it is the samples
+    assert verdict([o]) == "undecided" and n_needed([o]) == math.ceil(50 * (4 / 3.1) ** 2)
+
 def run_tests_on(rows, *tests):
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame(rows).to_csv(Path(folder)/"t.csv", index=False)
