@@ -156,6 +156,7 @@ def in_project(project: Path):
         finally:
             for k, v in before.items(): os.environ.update({k: v}) if v is not None else os.environ.pop(k)
 
+# %% ../nbs/95_front/95_reproduce.ipynb #94cce52c
 def _check_unchanged(step: dict):
     "BoigError if code or data are no longer what the plan was made of: the result would stand under the key of others."
     values = {k: v for k, v in step["params"].items() if k not in ("results", "run_dir")}
@@ -172,6 +173,7 @@ def _check_inputs(results: Path, step: dict, read: dict): # path -> SHA-256
         other = sorted(f for f, sha in made.get("outputs", {}).items() if read.get(f, sha) != sha)
         if made.get("key") != key or other: raise BoigError(f"{', '.join(other[:2]) or f'The result of {name}'} is not what this run was planned with. Let no other job write here, and start the run again; what is finished and still stands is not repeated.")
 
+# %% ../nbs/95_front/95_reproduce.ipynb #495440a0
 def run_stage(results: Path, name: str, threads: int = 1):
     "Run one stage of the plan in `results`: notebook, checks, record, marker."
     steps = {s["name"]: s for s in _plan(results)["steps"]}
