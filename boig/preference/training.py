@@ -48,7 +48,7 @@ class Histories:
         "The first reference pairs of a case."
         return self.rated(list(zip(case.reference_list, case.reference_list_bad, case.reference_prompt_list))[:pairs])
 
-# %% ../../nbs/70_preference/72_training.ipynb #8094b0e6
+# %% ../../nbs/70_preference/72_training.ipynb #c250d3af
 def _others(choices, about: set, ask: str, pairs: int) -> list: # of (liked, disliked, caption)
     "The first choices that show no picture of `about` and asked for something else, each liked picture once."
     found, seen = [], set()
@@ -67,6 +67,7 @@ def with_history(data: Histories, pairs: int = 1) -> np.ndarray: # rows of data.
         found += [i for i, (good, bad, text) in zip(mine, own) if len(_others(own, {good, bad}, text.strip().lower(), pairs)) == pairs]
     return np.sort(np.array(found, dtype=int))
 
+# %% ../../nbs/70_preference/72_training.ipynb #5e26df6b
 def draw_pair(
     data: Histories,
     target: int, # row of data.train
@@ -82,6 +83,7 @@ def draw_pair(
     rows = _others(mine[["liked", "disliked", "caption"]].to_numpy()[rng.permutation(len(mine))], about, ask, pairs)
     return data.rated(rows, rng.random(len(rows)) < 0.5 if shuffle else None), t.liked, t.disliked, t.caption
 
+# %% ../../nbs/70_preference/72_training.ipynb #9b379b25
 def same_prompt(data: Histories, target: int, most: int, rng: np.random.Generator) -> list[int]: # rows of data.train, the target first
     "A choice, and others that its user made at the same prompt: one history is right for all of them."
     if most == 1: return [target]
@@ -152,7 +154,7 @@ def choose_trained(model: PreferenceModel, config: TrainConfig) -> dict[str, tor
     model.changed |= set(own)
     return own
 
-# %% ../../nbs/70_preference/72_training.ipynb #7f70c992
+# %% ../../nbs/70_preference/72_training.ipynb #1dea46a9
 def pair_logits(
     model: PreferenceModel,
     histories: list[list[Rated]], # B
@@ -167,10 +169,12 @@ def pair_logits(
     z = judge(model, read(model, histories), owner * 2, pictures, texts) if share else judge_whole(model, [histories[o] for o in owner * 2], pictures, texts)
     return z.logits[:B], z.logits[B:]
 
+# %% ../../nbs/70_preference/72_training.ipynb #3ccbb51e
 def _rate(step: int, c: TrainConfig) -> float:
     "Share of the learning rate at a step."
     return min(1.0, (step + 1) / max(1, c.warmup)) * (1 - (1 - c.end) * step / max(1, c.steps - 1))
 
+# %% ../../nbs/70_preference/72_training.ipynb #53b8acee
 def _drawn(data: Histories, c: TrainConfig, targets, rng) -> tuple[list, list, list, list, list]: # histories; of each pair: owner, liked and disliked uid, caption
     "The histories and pairs of a part of a step."
     histories, pairs = [], []
@@ -180,7 +184,7 @@ def _drawn(data: Histories, c: TrainConfig, targets, rng) -> tuple[list, list, l
         pairs += [(o, *data.train.loc[i, ["liked", "disliked", "caption"]]) for i in rows]
     return histories, *map(list, zip(*pairs))
 
-# %% ../../nbs/70_preference/72_training.ipynb #c0ffee72
+# %% ../../nbs/70_preference/72_training.ipynb #e7692f25
 def _together(own: dict, sums: dict, a: Accelerator) -> dict[str, float]:
     "The gradients and numbers of all processes, added up."
     for p in own.values():
@@ -191,6 +195,7 @@ def _lift(model: PreferenceModel) -> float:
     "What the loss is multiplied by: float16 rounds gradients below 6e-8 to zero. A constant, so that a run that goes on needs to know nothing more."
     return 2.0**12 if model.idefics.get_input_embeddings().weight.dtype == torch.float16 else 1.0
 
+# %% ../../nbs/70_preference/72_training.ipynb #0173f6f3
 def _step(model: PreferenceModel, data: Histories, rows: np.ndarray, c: TrainConfig, step: int, own: dict, optimizers: list, a: Accelerator) -> dict[str, float]:
     "One update, whose parts the processes share; the means of the loss's parts."
     rng, sums = np.random.default_rng(derive_seed(c.seed, "batch", step)), {}
@@ -215,7 +220,7 @@ def _step(model: PreferenceModel, data: Histories, rows: np.ndarray, c: TrainCon
         optimizer.zero_grad()
     return sums
 
-# %% ../../nbs/70_preference/72_training.ipynb #dc77c8a7
+# %% ../../nbs/70_preference/72_training.ipynb #d5970ab9
 def _optimizers(own: dict, c: TrainConfig) -> list[torch.optim.Optimizer]:
     "AdamW for all that learns; with `muon_lr`, Muon for matrices between features, as in the pocket zoo."
     tables = ("embed", "tokens", "lm_head", "latents")
@@ -225,6 +230,7 @@ def _optimizers(own: dict, c: TrainConfig) -> list[torch.optim.Optimizer]:
     if by_muon: found.append(Muon([{"params": [own[n] for n in own if n in by_muon], "peak": c.muon_lr}], lr=c.muon_lr, weight_decay=c.weight_decay))
     return found
 
+# %% ../../nbs/70_preference/72_training.ipynb #d16e62af
 def _save(path: Path, own: dict, optimizers: list, meta: dict):
     "All that a run needs to go on."
     tensors = {f"{n}|weight": p.detach().contiguous().clone() for n, p in own.items()}
@@ -246,7 +252,13 @@ def _resume(path: Path, own: dict, optimizers: list, plan: dict) -> dict: # {"pl
         else: owner[p].state[p][what] = t if what == "step" else t.to(p.device)
     return meta
 
-# %% ../../nbs/70_preference/72_training.ipynb #d4108882
+def _plan(model: PreferenceModel, data: Histories, c: TrainConfig, start: str) -> dict: # start: fingerprint of the weights
+    "What two calls must have in common to be one run."
+    plan = {**asdict(c), "save_every": 0, "model": asdict(model.config), "rows": len(data.train),
+            "choices": digest(data.train[["liked", "disliked", "caption"]].to_json()), "starting weights": start}
+    return json.loads(json.dumps(plan)) # lists for tuples, as the file has them
+
+# %% ../../nbs/70_preference/72_training.ipynb #8c6e00ec
 def train_preference(
     model: PreferenceModel, # trained in place
     data: Histories,
@@ -267,9 +279,7 @@ def train_preference(
     optimizers, idefics = _optimizers(own, config), model.idefics
     usual = idefics.config._attn_implementation
     if config.plain_attention: idefics.set_attn_implementation("eager")
-    plan = json.loads(json.dumps({**asdict(config), "save_every": 0, "model": asdict(model.config), "rows": len(data.train),
-                                  "choices": digest(data.train[["liked", "disliked", "caption"]].to_json()), "starting weights": start})) # lists for tuples, as the file has them
-    meta, rows = _resume(path, own, optimizers, plan), with_history(data)
+    meta, rows = _resume(path, own, optimizers, _plan(model, data, config, start)), with_history(data)
     if not len(rows): raise BoigError("No training choice can have a history: nobody chose at two prompts. Bring more choices of each user.")
     if lost := len(data.train) - len(rows): warnings.warn(f"{lost:,} of {len(data.train):,} training choices are left out: their users chose nothing at another prompt, so there is no history for them.")
     if config.checkpointing: model.idefics.gradient_checkpointing_enable({"use_reentrant": False})
@@ -303,7 +313,7 @@ def score_cases(
     model.eval()
     rows, found = list(cases.itertuples()), [None] * len(cases)
     own, groups = history or (lambda case: data.history(case)), {}
-    for n, c in enumerate(rows): groups.setdefault((c.user_id, tuple(c.reference_list)), []).append(n)
+    for n, c in enumerate(rows): groups.setdefault((c.user_id, tuple(c.reference_list)), []).append(n)  # questions after one history
     groups = list(groups.values())
     for at in range(0, len(groups), users):
         part = groups[at:at + users]
