@@ -148,7 +148,7 @@ def see(
         return idefics.model.connector(seen, attention_mask=torch.ones(seen.shape[:2], dtype=torch.bool, device=seen.device))
     return torch.stack(by_size(tokens, pictures, 1 << 30))
 
-# %% ../../nbs/70_preference/70_model.ipynb #951fc30e
+# %% ../../nbs/70_preference/70_model.ipynb #a33d7c42
 class Read(NamedTuple):
     "Histories that were read: what a target needs of them."
     cache: Cache # keys and values of B histories
@@ -160,6 +160,7 @@ class Verdict(NamedTuple):
     logits: torch.Tensor # [M, V] float32: of the next token
     states: torch.Tensor # [M, D]: the last layer's state at the final token
 
+# %% ../../nbs/70_preference/70_model.ipynb #0de59ca5
 class _Lent(DynamicLayer):
     "Keys and values of histories, each lent to the rows that follow it; never changed."
     def __init__(self, layer: DynamicLayer, owner: torch.Tensor): # owner [M]: which history a row follows
@@ -171,7 +172,7 @@ class _Lent(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
 
-# %% ../../nbs/70_preference/70_model.ipynb #ddb18e36
+# %% ../../nbs/70_preference/70_model.ipynb #c1968957
 class PreferenceModel(torch.nn.Module):
     "p(x): how likely a user with this history likes a picture (eq. 6)."
     def __init__(self, idefics: Idefics2ForConditionalGeneration, processor, config: PreferenceConfig = PreferenceConfig()):
@@ -195,7 +196,7 @@ class PreferenceModel(torch.nn.Module):
         embedded = self.idefics.get_input_embeddings()(x)
         return embedded.masked_scatter((x == self.words.image)[..., None], seen.to(embedded.dtype)), mask
 
-# %% ../../nbs/70_preference/70_model.ipynb #0757e799
+# %% ../../nbs/70_preference/70_model.ipynb #47cb4bbd
 def _run(model: PreferenceModel, embedded: torch.Tensor, mask: torch.Tensor, cache: Cache | None, **options):
     "The language model over new tokens [B, T, D], with a mask over old and new ones; positions count what is not masked."
     window = getattr(model.idefics.model.text_model.config, "sliding_window", None)
@@ -204,12 +205,14 @@ def _run(model: PreferenceModel, embedded: torch.Tensor, mask: torch.Tensor, cac
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -embedded.shape[1]:]
     return model.idefics.model.text_model(inputs_embeds=embedded, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, **options)
 
+# %% ../../nbs/70_preference/70_model.ipynb #2b31abdb
 def _prefix(model: PreferenceModel, embedded: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "The preference tokens before each row."
     if model.tokens is None: return embedded, mask
     tokens = model.tokens.to(embedded.dtype).expand(len(embedded), -1, -1)
     return torch.cat([tokens, embedded], 1), torch.cat([mask.new_ones(tokens.shape[:2]), mask], 1)
 
+# %% ../../nbs/70_preference/70_model.ipynb #f6d057df
 def _verdict(model: PreferenceModel, states: torch.Tensor, last: torch.Tensor) -> Verdict:
     "Logits and states at the last token of each row."
     final, head = states[torch.arange(len(last), device=states.device), last], model.idefics.lm_head
@@ -303,7 +306,7 @@ def load_idefics(
     else: model = load_pretrained(Idefics2ForConditionalGeneration, folder, dtype).to(where)
     return model, AutoProcessor.from_pretrained(folder)
 
-# %% ../../nbs/70_preference/70_model.ipynb #55811c33
+# %% ../../nbs/70_preference/70_model.ipynb #70357c54
 LORA_TARGETS = r".*(text_model|modality_projection|perceiver_resampler).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*" # as in the authors' code
 
 def add_lora(idefics, rank: int, alpha: int, dropout: float):
@@ -313,6 +316,7 @@ def add_lora(idefics, rank: int, alpha: int, dropout: float):
     for name, p in idefics.named_parameters():
         if "lora_" in name: p.data = p.data.float()  # peft makes them half beside 4 bits, where AdamW's first step is no number
 
+# %% ../../nbs/70_preference/70_model.ipynb #f098bc2b
 def trained(model: PreferenceModel) -> dict[str, torch.nn.Parameter]:
     "What is trained, or was in an earlier stage, by name."
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name in model.changed}
