@@ -121,7 +121,7 @@ def viper_data(
         build_histories(folder/"choices.parquet", folder/"histories", HistoryRules(least_liked=min(11, pairs), pairs=min(8, pairs - 1), test_users=0, valid_users=0, held=0), threads=1)
     return Histories(folder/"histories")
 
-# %% ../../nbs/70_preference/74_baselines.ipynb #169f78ae
+# %% ../../nbs/70_preference/74_baselines.ipynb #7593b8ee
 class PictureServer(Server):
     "A server that is also sent pictures."
     picture_tokens = 2000 # reckoned for a picture, when the budget is kept
@@ -146,14 +146,23 @@ def server_question(
         said("are disliked. Based on the visual patterns and preferences inferred from these references, classify a target image by comparing two candidates:"), picture(candidates[0]), said("and"),
         picture(candidates[1]), said(". Output only the index (0 or 1) of the image the user would prefer, with explanation.")]}]
 
+# %% ../../nbs/70_preference/74_baselines.ipynb #96048805
+_FIRST = re.compile(r"""\W*(?:(?:the\ )?(?:index|image|answer)(?:\ is)?\W*)?([01])(?=\W*$|[.\n*"')\]](?!\d))  # "1", "Index: 0.", "**1**"; not "0.5"
+                      | \W*([01]),                                                                   # "1, because …"
+                      """, re.IGNORECASE | re.VERBOSE)
+_SAID = re.compile(r"""(?<!not\ )(?<!n't\ )\b                                         # not "would not prefer 0"
+                       (?:(?:prefer|choose|chose|pick|select)(?:s|r?ed|n)?\b[^.,;\n01]*  # "prefers image"
+                         |(?:answer|index)\W*(?:is\W*)?(?:image\W*)?)                   # "the answer is image"
+                       \b([01])\b(?!\.\d)""", re.IGNORECASE | re.VERBOSE)
+_ALONE = re.compile(r"(?<![\d.])([01])(?![\d.]*\d)") # in no other number
+
 def read_index(answer: str) -> int | None: # None: it names none
     "The index in an answer: what it is or begins with, else what it last says is preferred or chosen, else the only one of 0 and 1 that stands alone in it."
-    first = re.match(r"""\W*(?:(?:the )?(?:index|image|answer)(?: is)?\W*)?([01])(?=\W*$|[.\n*"')\]](?!\d))|\W*([01]),""", answer, re.IGNORECASE)
-    if first: return int(first[1] or first[2])
-    said = re.findall(r"(?<!not )(?<!n't )\b(?:(?:prefer|choose|chose|pick|select)(?:s|r?ed|n)?\b[^.,;\n01]*|(?:answer|index)\W*(?:is\W*)?(?:image\W*)?)\b([01])\b(?!\.\d)", answer, re.IGNORECASE)
-    found = said[-1:] or re.findall(r"(?<![\d.])([01])(?![\d.]*\d)", answer)
+    if first := _FIRST.match(answer): return int(first[1] or first[2])
+    found = _SAID.findall(answer)[-1:] or _ALONE.findall(answer)
     return int(found[0]) if len(set(found)) == 1 else None
 
+# %% ../../nbs/70_preference/74_baselines.ipynb #11fcfac9
 def server_pairs(
     data: Histories,
     cases: pd.DataFrame, # of pairs
