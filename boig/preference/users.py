@@ -38,7 +38,7 @@ def no_history(case) -> list: # case -> no Rated at all
     "Nobody in particular."
     return []
 
-# %% ../../nbs/70_preference/75_users.ipynb #537d9115
+# %% ../../nbs/70_preference/75_users.ipynb #3c1c2b04
 def difference_row(
     values: np.ndarray, # [n] differences of shares, or [trainings, n]
     cases: pd.DataFrame, # their n rows of data.cases
@@ -61,6 +61,7 @@ def compare(
     if 1 != len(ours) != len(theirs) != 1: raise BoigError(f"{len(ours)} trainings cannot be paired with {len(theirs)}. Give as many of both, or one.")
     return difference_row(ours - theirs, cases)
 
+# %% ../../nbs/70_preference/75_users.ipynb #d7af11ea
 def rows_of_table(
     scores: dict, # model -> list of scores, one a case
     cases: pd.DataFrame, # rows of data.cases
@@ -99,7 +100,7 @@ def user_states(
         found.append(judge(model, known, range(len(part)), [picture] * len(part), [caption] * len(part)).states.cpu())
     return torch.cat(found).numpy()
 
-# %% ../../nbs/70_preference/75_users.ipynb #12d417d4
+# %% ../../nbs/70_preference/75_users.ipynb #264e6e9b
 def token_profiles(
     model: PreferenceModel,
     data: Histories,
@@ -116,6 +117,7 @@ def token_profiles(
     a = np.stack(found).astype(float)
     return a / a.sum(1, keepdims=True)
 
+# %% ../../nbs/70_preference/75_users.ipynb #db766531
 def divergences(profiles: np.ndarray) -> np.ndarray: # [users, N] -> [users, users]
     "Symmetric Kullback-Leibler divergence of each two users' profiles."
     log = np.log(np.maximum(profiles, 1e-12))
@@ -123,6 +125,7 @@ def divergences(profiles: np.ndarray) -> np.ndarray: # [users, N] -> [users, use
     kl = np.diag(cross)[:, None] - cross
     return np.maximum(kl + kl.T, 0) / 2
 
+# %% ../../nbs/70_preference/75_users.ipynb #9c68a15a
 def nearest_agree(
     d: np.ndarray, # [users, users]
     groups, # of the users
