@@ -13,7 +13,7 @@ from .loss import like_probability
 from .model import PreferenceModel, Rated, Read, check_history, judge, load_preference, read
 from ..rewards.base import check_call, register
 
-# %% ../../nbs/70_preference/73_reward.ipynb #0da8670f
+# %% ../../nbs/70_preference/73_reward.ipynb #63604560
 def _lifted(
     x: torch.Tensor, # [B, 3, H, W]
     f, # pictures -> logits [B, V]; its inner part in float16
@@ -28,6 +28,7 @@ def _lifted(
     x.register_hook(lambda g: g / by[0][:, None, None, None].to(g))
     return z
 
+# %% ../../nbs/70_preference/73_reward.ipynb #4cd0b038
 class PreferenceReward:
     "p(x): how likely a user likes each picture (eq. 6), after their history."
     differentiable = True
