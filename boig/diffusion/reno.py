@@ -54,7 +54,7 @@ def _first_noise(pipe, generators: list, sampling: dict) -> torch.Tensor: # [B, 
     x = x[0] if isinstance(x, tuple) else x
     return (x / getattr(pipe.scheduler, "init_noise_sigma", 1.0)).to(torch.promote_types(net.dtype, torch.float32))
 
-# %% ../../nbs/50_diffusion/54_reno.ipynb #357d3b38
+# %% ../../nbs/50_diffusion/54_reno.ipynb #4c0379e3
 @contextmanager
 def _recomputed(*networks):
     "Inside, these networks keep what goes in and nothing else; they run again for their gradients."
@@ -66,6 +66,7 @@ def _recomputed(*networks):
             del n.forward
             if own is not None: n.forward = own
 
+# %% ../../nbs/50_diffusion/54_reno.ipynb #82c9cdf4
 @contextmanager
 def _frozen(pipe):
     "Inside, the networks of a pipeline only serve: no gradients to weights, no dropout; afterwards they are as before."
@@ -112,7 +113,7 @@ class Painter:
             x = self.run(self.pipe, **self.texts, latents=noise.to(self.net.dtype), generator=self.generators, output_type="pt", **self.sampling).images
         return x.to(noise.dtype)
 
-# %% ../../nbs/50_diffusion/54_reno.ipynb #bc574740
+# %% ../../nbs/50_diffusion/54_reno.ipynb #fb9b3140
 @dataclass(frozen=True)
 class Term:
     "A reward and its share."
@@ -130,6 +131,7 @@ def _terms(rewards, n: int) -> list[Term]:
     if flat := [t.reward.name for t in terms if not t.reward.differentiable]: raise BoigError(f"{flat[0]} is not differentiable; no gradient leads to it. DDPO can use it, noise optimisation cannot.")
     return terms
 
+# %% ../../nbs/50_diffusion/54_reno.ipynb #decbfd64
 def _answers(term: Term, images: torch.Tensor, prompts: list[str], rows: list[int]) -> torch.Tensor: # [len(rows)]
     "One reward's words about some of the pictures, those of one context together."
     def ask(at, context): return term.reward(images[at], [prompts[i] for i in at], context)
@@ -177,13 +179,14 @@ class Optimised:
         best = self.history[self.history.best].groupby("picture").last()
         return pd.DataFrame({"first": by.reward.first(), "best": best.reward, "step": best.step, "stopped": by.stopped.any()}).reset_index()
 
-# %% ../../nbs/50_diffusion/54_reno.ipynb #813e5890
+# %% ../../nbs/50_diffusion/54_reno.ipynb #6c85fa09
 def _clipped(gradient: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]: # the same shape; lengths before [B]
     "Each picture's gradient, no longer than `most`; 0 = as it is."
     length = gradient.flatten(1).norm(dim=1)
     factor = (most / length.clamp_min(1e-30)).clamp(max=1) if most else torch.ones_like(length)
     return gradient * factor.view(-1, *[1] * (gradient.ndim - 1)), length
 
+# %% ../../nbs/50_diffusion/54_reno.ipynb #a27aaf68
 def _log(step: int, terms, scores, total, noise, length, better, going) -> list[dict]:
     "The rows of a step."
     norm = noise.detach().flatten(1).norm(dim=1)
