@@ -61,7 +61,7 @@ class ByUser:
         if not context or "user" not in context: raise BoigError("Whose eyes? Pass context={'user': number}.")
         return self.rewards[context["user"]](images, prompts, context)
 
-# %% ../../nbs/70_preference/77_guidance.ipynb #61225b8f
+# %% ../../nbs/70_preference/77_guidance.ipynb #46602da5
 READ = tuple(d for d in POCKET_DIMENSIONS if d != "art style") # dimensions that `attributes` reads
 
 def _background(image: torch.Tensor) -> int: # [3, 64, 64] -> number in BACKGROUNDS
@@ -70,11 +70,11 @@ def _background(image: torch.Tensor) -> int: # [3, 64, 64] -> number in BACKGROU
     whole, middle = (rows[-6:].median(0).values - rows[:6].median(0).values).norm(), (rows[43:49].median(0).values - rows[31:37].median(0).values).norm()
     return BACKGROUNDS.index("plain" if whole < 0.08 else "two-tone" if middle > 0.6 * whole else "gradient")
 
+# %% ../../nbs/70_preference/77_guidance.ipynb #82c3f2b5
 def _main(name: str, found: dict) -> tuple | None: # x1, y1, x2, y2
     "The box of the object that was asked for, else of the largest."
     return found.get(name) or max(found.values(), key=lambda b: (b[2] - b[0]) * (b[3] - b[1]), default=None)
 
-# %% ../../nbs/70_preference/77_guidance.ipynb #d7e40419
 def attributes(
     images: torch.Tensor, # [B, 3, 64, 64] in [0, 1]
     names: list[str], # the object that each was asked for
@@ -140,7 +140,7 @@ def assess(
     own = worth[np.arange(len(out)), out.user]
     return out.assign(**{OWN: own, OTHERS: (worth.sum(1) - own) / max(len(people) - 1, 1)})
 
-# %% ../../nbs/70_preference/77_guidance.ipynb #23318636
+# %% ../../nbs/70_preference/77_guidance.ipynb #9db0fb60
 def _columns(scored: pd.DataFrame) -> list[str]: return [c for c in scored if c not in ("user", "name", "prompt")]
 
 def table4(
@@ -155,6 +155,7 @@ def table4(
         rows.append({"Model": model, "n": len(s)} | {f"{c}{end}": v[i] for i, c in enumerate(_columns(s)) for end, v in (("", mean), (" low", low), (" high", high))})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/70_preference/77_guidance.ipynb #0dff33ef
 def gains4(
     a: pd.DataFrame, b: pd.DataFrame, # of `assess`, of the same requests
     resamples: int = 2000,
