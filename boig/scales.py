@@ -25,6 +25,7 @@ class EmojiBenchScale:
     test_fraction: float # share of drawings held out, whole subgroups at a time
     valid_fraction: float # share of the rest that chooses the checkpoint
 
+# %% ../nbs/00_core/01_scales.ipynb #456f2bb5
 @dataclass(frozen=True)
 class PocketStockScale:
     "The Stock benchmark (BOIG §2.2), of the simulated seller or of a real one."
@@ -417,20 +418,31 @@ class Scale:
     preference_guidance: PreferenceGuidanceScale
 
 # %% ../nbs/00_core/01_scales.ipynb #e06e67d8
-AT_LEAST = {"rows": 0, "stock": 60, "tweets": 100, "min_tweets": 1, "accounts": 0, "test": 0, "valid": 0, "test_fraction": 0, "valid_fraction": 0, "bootstrap": 1, "steps": 1, "batch_size": 1, "learning_rate": 0, "warmup_ratio": 0,
-            "max_length": 8, "lora_rank": 0, "bits": 0, "processes": 1, "accumulation": 1, "pack": 0, "behaviour_weight": 0, "valid_rows": 0, "noise": 0, "eval_every": 1, "generate_batch": 1, "test_rows": 0,
-            "few": 1, "many": 1, "max_new_tokens": 0, "free_rows": 0, "budget": 0, "ema": 0, "reach": 0, "train_each": 1, "valid_each": 1, "gallery": 0, "best_of": 1, "look_every": 1,
-            "sampling_steps": 1, "guidance": 0, "epochs": 1, "samples": 1, "micro_batch": 1, "learning_rate_full": 0, "sft_epochs": 1, "sft_look_every": 1, "sft_batch_size": 1,
-            "sft_learning_rate": 0, "sft_pictures": 0, "each": 1, "pictures": 0,
-            "phrases": 0, "dreambench_each": 1, "class_pictures": 1, "class_steps": 1, "checkpoint_every": 1, "dreambooth_steps": 1, "custom_steps": 1, "inversion_steps": 1, "neti_steps": 1,
-            "rl_epochs": 1, "rl_samples": 1, "rl_batch": 1, "rl_micro_batch": 1, "rl_steps": 1, "rl_timesteps": 0, "seeds": 1, "rare_each": 1, "lora_each": 1, "curve_every": 1, "curve_pictures": 1, "draw_batch": 1, "asked_each": 1, "grid_each": 1,
-            "users": 20, "prompts": 3, "shared": 0, "test_users": 0, "valid_users": 0, "agents": 2, "viper_agents": 2, "agent_pairs": 11, "token_steps": 1, "batch": 1, "micro": 1, "targets": 1, "lr": 0, "muon_lr": 0, "token_lr": 0,
-            "warmup": 0, "pairs": 1, "tokens": 1, "runs": 1, "resize": 0, "side": 0, "clip_steps": 1, "clip_batch": 1, "clip_micro": 0, "cases": 2, "length_cases": 2, "cluster_users": 4, "clusters": 2, "asked_cases": 1,
-            "dreambooth_batch": 1, "custom_batch": 1, "inversion_batch": 1, "neti_batch": 1, "dreambooth_lr": 0, "custom_lr": 0, "inversion_lr": 0, "neti_lr": 0, "rl_lr": 0, "rl_lr_full": 0, "grid_subjects": 1,
-            "appendix_pictures": 0, "agent_steps": 1, "end": 0, "token_end": 0, "clip_lr": 0, "clip_muon_lr": 0, "attention_head": -1, "weight": 0, "clip": 0, "norm_weight": 0, "grid_agents": 1, "seed": 0}
+_FROM = { # the least that is allowed -> of which values
+    -1: "attention_head",
+    0: """rows accounts test valid test_fraction valid_fraction learning_rate warmup_ratio lora_rank bits pack behaviour_weight valid_rows noise test_rows
+       max_new_tokens free_rows budget ema reach gallery guidance learning_rate_full sft_learning_rate sft_pictures pictures phrases rl_timesteps shared
+       test_users valid_users lr muon_lr token_lr warmup resize side clip_micro dreambooth_lr custom_lr inversion_lr neti_lr rl_lr rl_lr_full
+       appendix_pictures end token_end clip_lr clip_muon_lr weight clip norm_weight seed""",
+    1: """min_tweets bootstrap steps batch_size processes accumulation eval_every generate_batch few many train_each valid_each best_of look_every
+       sampling_steps epochs samples micro_batch sft_epochs sft_look_every sft_batch_size each dreambench_each class_pictures class_steps checkpoint_every
+       dreambooth_steps custom_steps inversion_steps neti_steps rl_epochs rl_samples rl_batch rl_micro_batch rl_steps seeds rare_each lora_each curve_every
+       curve_pictures draw_batch asked_each grid_each token_steps batch micro targets pairs tokens runs clip_steps clip_batch asked_cases dreambooth_batch
+       custom_batch inversion_batch neti_batch grid_subjects agent_steps grid_agents""",
+    2: "agents viper_agents cases length_cases clusters",
+    3: "prompts",
+    4: "cluster_users",
+    8: "max_length",
+    11: "agent_pairs",
+    20: "users",
+    60: "stock",
+    100: "tweets"}
+AT_LEAST = {name: least for least, names in _FROM.items() for name in names.split()}
 AT_MOST = {"test_fraction": 0.9, "valid": 0.9, "valid_fraction": 0.9, "warmup_ratio": 1, "noise": 1, "reach": 1, "rl_timesteps": 1, "ema": 0.9999, "test_users": 0.9, "valid_users": 0.9, "seed": 2**32 - 1}
-CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"), "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
+CHOICES = {"quantize": ("", "nf4"), "base_loss": ("vocabulary", "binary"), "bits": (0, 4, 8), "noise_kind": ("uniform", "samples"), "ties": ("min", "mid", "max"),
+           "verbalizer": ("pocket", "paper"), "wish": ("median", "mean", "min", "max")}
 
+# %% ../nbs/00_core/01_scales.ipynb #cf0c474a
 def _check(value, key: str, where: str):
     "`value` if it is in its range, else a BoigError; NaN and infinity are in none."
     if key in CHOICES and value not in CHOICES[key]: raise closest(value, CHOICES[key], where)
@@ -440,6 +452,7 @@ def _check(value, key: str, where: str):
     if not math.isfinite(value): raise BoigError(f"{where} must be a finite number, not {value}.")
     return value
 
+# %% ../nbs/00_core/01_scales.ipynb #5b911034
 def _cast(value, kind: type, where: str):
     "`value` as `kind`, or a BoigError that says where it stands; command lines give strings."
     try:
@@ -449,6 +462,7 @@ def _cast(value, kind: type, where: str):
     except (ValueError, KeyError, TypeError):
         raise BoigError(f"{where} must be {kind.__name__}, not {value!r}.") from None
 
+# %% ../nbs/00_core/01_scales.ipynb #1772c9ca
 def _section(cls: type, values: dict, where: str):
     "The dataclass `cls` filled from a TOML table, every key known and none missing."
     kinds = {f.name: f.type for f in fields(cls)}
