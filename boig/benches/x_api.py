@@ -70,7 +70,8 @@ class Summary:
 
     def skipped(self) -> dict[str, int]: # why -> tweets
         "The tweets of which nothing is kept."
-        return {f.metadata["what"][2:].removesuffix(": skipped"): n for f in fields(self)[:-1] if f.name in ("unreadable", "retweets", "deleted", "unnamed") and (n := getattr(self, f.name))}
+        reasons = [f for f in fields(self) if f.name in ("unreadable", "retweets", "deleted", "unnamed") and getattr(self, f.name)]
+        return {f.metadata["what"].removeprefix("- ").removesuffix(": skipped"): getattr(self, f.name) for f in reasons}
 
     def skip(self, what: str, place: str, why):
         "Count something unreadable, say where it is, go on."
@@ -92,8 +93,10 @@ def _text(value) -> str | None: # None for anything but text
 def _is_retweet(tweet: dict, text: str) -> bool:
     "Whether it passes on another's tweet; by its text if the page was asked for without `referenced_tweets`."
     shown = tweet.get("referenced_tweets")
-    return any(isinstance(r, dict) and r.get("type") == "retweeted" for r in shown) if isinstance(shown, list) else text.startswith("RT @")
+    if not isinstance(shown, list): return text.startswith("RT @")
+    return any(isinstance(r, dict) and r.get("type") == "retweeted" for r in shown)
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #1acc62aa
 def _size(value) -> int | None: return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else None
 
 def _tweet(tweet) -> tuple[str, datetime, str, int]: # number, time (UTC, no zone), text, likes
@@ -117,8 +120,8 @@ def _index(page: dict, kind: str, key: str) -> dict[str, dict]:
 
 def _picture(item: dict | None, summary: Summary, previews: bool) -> tuple | None: # media_key, url, type, alt_text, width, height
     "A member of `includes.media` as a picture, or None."
-    kind = item and item.get("type")
-    counted = {None: "missing", "photo": "", "video": "videos", "animated_gif": "gifs"}.get(kind if isinstance(kind, str) or item is None else "", "others")
+    kind = item.get("type") if item else None
+    counted = {"photo": "", "video": "videos", "animated_gif": "gifs"}.get(kind, "others") if isinstance(kind, str) else "others" if item else "missing"
     if counted: setattr(summary, counted, getattr(summary, counted) + 1)
     if counted and not (previews and counted in ("videos", "gifs") and item.get("preview_image_url")): return None
     url = item.get("preview_image_url" if counted else "url")
@@ -145,6 +148,7 @@ def _authored(page: dict, summary: Summary, previews: bool, place: str): # yield
         about = (account.lower(), when, text, likes)
         yield _text(author), [(number, p[0], *about, *p[1:], i) for i, p in enumerate(pictures, 1)] or [(number, None, *about, *[None] * 5, 0)]
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #599614ea
 def page_rows(
     page: dict,
     summary: Summary, # counts what is left out
@@ -177,6 +181,7 @@ def _whole(path) -> list[bytes] | None: # its pages as lines; None: it has a pag
         except (ValueError, RecursionError): return None
     return [json.dumps(page).encode() for page in (pages if isinstance(pages, list) else [pages])]
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #14b71c68
 def _page(line: bytes | None) -> dict:
     "A line's page; ValueError says what it is instead."
     if line is None: raise ValueError(f"longer than {LONGEST:,} bytes")
@@ -185,6 +190,7 @@ def _page(line: bytes | None) -> dict:
     errors = page.get("errors") if isinstance(page, dict) else None
     raise ValueError(f"an error instead of tweets: {json.dumps(errors)[:100]}" if errors else "no page of tweets")
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #53212ba8
 def read_pages(
     path, # .jsonl, .jsonl.gz, .jsonl.zst: any name; a .json may be one document
     summary: Summary,
@@ -217,6 +223,7 @@ def database(
     except duckdb.OutOfMemoryException: raise BoigError(f"{memory} of memory is too little here; allow more.") from None
     finally: con.close()
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #71dfaae6
 def literal(value) -> str:
     "Text or a path as SQL."
     return "'" + str(value).replace("'", "''") + "'"
@@ -236,6 +243,7 @@ def _write_rows(path, rows):
         while part := list(islice(rows, ROWS)):
             writer.write_batch(pa.record_batch([pa.array(column, f.type) for column, f in zip(zip(*part), _RAW)], schema=_RAW))
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #c5ddbb7c
 _SQL = {"string": "VARCHAR", "timestamp[us]": "TIMESTAMP", "int64": "BIGINT", "int32": "INTEGER", "int16": "SMALLINT"}
 
 def _copy_table(con, path, out, turn: int, summary: Summary):
@@ -248,9 +256,11 @@ def _copy_table(con, path, out, turn: int, summary: Summary):
     cast = ", ".join(f"{'lower(account)' if f.name == 'account' else f.name}::{_SQL[str(f.type)]} AS {f.name}" for f in wanted)
     rows = f"(SELECT {cast}, row_number() OVER () AS row FROM {table} WHERE {good})"
     newest = ", ".join(f"first_value({c}) OVER (PARTITION BY tweet_id ORDER BY row DESC) AS {c}" for c in ("account", "created_at", "text", "likes"))
-    con.execute(f"""COPY (SELECT * EXCLUDE (row), if(media_key IS NULL, 0, row_number() OVER (PARTITION BY tweet_id ORDER BY media_key))::SMALLINT AS number, {turn}::BIGINT AS turn, NULL::VARCHAR AS author
-                          FROM (SELECT * REPLACE ({newest}) FROM {rows} QUALIFY row_number() OVER (PARTITION BY tweet_id, media_key ORDER BY row DESC) = 1
-                                AND (media_key IS NOT NULL OR count(media_key) OVER (PARTITION BY tweet_id) = 0))) TO {literal(out)} (FORMAT parquet)""")
+    # each picture once; a row without one only if its tweet has none at all
+    once = f"""SELECT * REPLACE ({newest}) FROM {rows} QUALIFY row_number() OVER (PARTITION BY tweet_id, media_key ORDER BY row DESC) = 1
+               AND (media_key IS NOT NULL OR count(media_key) OVER (PARTITION BY tweet_id) = 0)"""
+    number = "if(media_key IS NULL, 0, row_number() OVER (PARTITION BY tweet_id ORDER BY media_key))::SMALLINT"
+    con.execute(f"COPY (SELECT * EXCLUDE (row), {number} AS number, {turn}::BIGINT AS turn, NULL::VARCHAR AS author FROM ({once})) TO {literal(out)} (FORMAT parquet)")
     bad = con.execute(f"SELECT count(*) FILTER (({good}) IS NOT true) FROM {table}").fetchone()[0]
     # it came as often as its most frequent picture, and once more for each row without one
     times, kept = con.execute(f"""SELECT coalesce(sum(most), 0)::BIGINT, count(DISTINCT tweet_id) FROM (SELECT tweet_id, max(n) AS most FROM
@@ -268,6 +278,7 @@ def _files(source) -> list[Path]:
     if not source.is_dir(): raise BoigError(f"There is no file or folder '{source}'.")
     return sorted(f for f in source.rglob("*") if re.search(r"\.(parquet|(jsonl|ndjson|json)(\.gz|\.zst)?)$", f.name) and not f.name.startswith(".") and f.is_file())
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #f38d44ce
 def _gather(con, files: list[Path], folder: Path, summary: Summary, previews: bool) -> dict[str, str]: # author's number -> last name, of those who changed it
     "All rows of all files as Parquet in `folder`, each with its turn."
     turn, names, renamed = count(), {}, set()
@@ -302,6 +313,7 @@ def _finish(con, folder: Path, out, summary: Summary, renamed: dict[str, str]):
                                  count(DISTINCT account), count(*) FILTER (number >= 1) FROM {parquet(out)}""").fetchone()
     summary.kept, summary.bare, summary.several, summary.zero, summary.accounts, summary.pictures = counted
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #3ff60ab9
 def write_posts(
     source, # pages (plain, .gz, .zst) or Parquet tables of posts; a file, a folder, or a list; in the order of their names, tables last
     out, # the Parquet file to write
@@ -349,6 +361,7 @@ def _pause(answer: httpx.Response, now) -> float: # seconds
     except (KeyError, ValueError): wait = 60.0
     return min(max(wait, 0.0), 3600.0) + 1
 
+# %% ../../nbs/48_benches/51_x_api.ipynb #5e237c70
 def _ask(client: httpx.Client, url: str, params: dict, headers: dict, sleep=time.sleep, now=time.time) -> dict:
     "One JSON answer, with patience; Refused, or BoigError after the last try."
     tries, busy = list(TRIES), 0
