@@ -186,14 +186,15 @@ def render(
     return _finish(canvas, scene.style, tint).clip(0, 255).round().astype(np.uint8)
 
 # %% ../../nbs/10_data/13_world.ipynb #64e284cb
-PLURALS = ("sunglasses", "headphones") # the objects that take no article
-
 def truth(
     scene: Scene,
     size: int = 64, # pixels a side
 ) -> dict[str, tuple[int, int, int, int]]: # object -> (x1, y1, x2, y2) in pixels
     "The objects of a scene with the boxes of their opaque pixels, main object first."
     return {o.name: pixel_box(o.box, size) for o in reversed(scene.objects)}
+
+# %% ../../nbs/10_data/13_world.ipynb #04b326f6
+PLURALS = ("sunglasses", "headphones") # the objects that take no article
 
 def _say(color: str) -> str: return color.replace("_", " ").lower()
 
@@ -225,8 +226,10 @@ def _box(name: str, side: int, rng: np.random.Generator, at=None) -> tuple[int, 
     "A box of the sprite's shape with that longest side: around `at` (shares of the picture), or anywhere."
     h, w = load_sprites()[name].image.shape[:2]
     w, h = (max(4, round(n * side / max(h, w))) for n in (w, h))
-    x, y = (int(rng.integers(0, GRID - n + 1)) if at is None else int(np.clip(round(c * GRID - n / 2 + rng.normal(0, 2)), 0, GRID - n))
-            for n, c in zip((w, h), at or (0, 0)))
+    def start(n, centre): # of a side of n
+        if at is None: return int(rng.integers(0, GRID - n + 1))
+        return int(np.clip(round(centre * GRID - n / 2 + rng.normal(0, 2)), 0, GRID - n))
+    x, y = map(start, (w, h), at or (0, 0))
     return x, y, x + w, y + h
 
 # %% ../../nbs/10_data/13_world.ipynb #dc049904
@@ -249,6 +252,7 @@ def arrange(
         placed.append(Placed(name, str(rng.choice(("", *load_sprites()[name].colors))) if color is None else color, box))
     return tuple(reversed(placed))
 
+# %% ../../nbs/10_data/13_world.ipynb #cf7536c8
 def random_scene(
     rng: np.random.Generator,
     names=None, # objects, the main one first; None = one to four of all
@@ -275,6 +279,7 @@ def accounts() -> dict[str, dict]:
     "Brands and stock contributors by handle: name, sector, kind ('brand' or 'contributor'), house colours."
     return {handle: row | {"kind": kind.removesuffix("s")} for kind, rows in _toml("accounts.toml").items() for handle, row in rows.items()}
 
+# %% ../../nbs/10_data/13_world.ipynb #c2b0e4e9
 @lru_cache(maxsize=1)
 def oracle_constants() -> dict:
     "The oracle's numbers, from `oracle.toml`; every call gives the same dictionary, so read it and leave it as it is."
@@ -347,6 +352,7 @@ def content(v: Verbalization, context: Context) -> dict[str, float]:
     return {"colours": k["colors"] * mean("color", v.colors), "tones": k["tones"] * mean("tone", v.tones),
             "objects": k["objects"] * mean("object", weight), "season": season, "layout": layout(list(boxes.values()))}
 
+# %% ../../nbs/10_data/13_world.ipynb #a5d373ec
 def explain(
     v: Verbalization,
     context: Context,
