@@ -52,6 +52,7 @@ class Rules:
         try: [pd.Timestamp(d) for d in (self.start, self.end) if d]
         except ValueError: raise BoigError(f"Days are written as 2018-01-31, not {self.start!r} and {self.end!r}.") from None
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #f62d0739
 RANKS = { # of a tweet among its account's n: the share of tweets below it; from `upto`, the tweets with as many likes or fewer, `tweets` of them with as many
     "min": ("(upto - tweets) / greatest(n - 1, 1)", ">="), # SQL's percent_rank: tied tweets have the rank of the worst of them
     "mid": ("(upto - tweets / 2) / n", ">="),              # the middle of the tied ones
@@ -123,6 +124,7 @@ def _open(con, posts):
     if not rows: raise BoigError(f"'{files[0]}' has no rows.")
     if sound < rows: raise BoigError(f"'{files[0]}' has {rows - sound:,} rows without a tweet's number, account, time or likes: pass it through write_posts first.")
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #c8651891
 def _scan(con, rules: Rules, gates: dict[str, str]):
     "Count tweets and pictures of each account, number of likes and gate: tables hist, and ranked (of accounts with enough tweets, behind the gates)."
     when = " ".join(f"WHEN {sql} THEN {i}" for i, sql in enumerate(gates.values(), 1))
@@ -167,6 +169,7 @@ def tie_table(con) -> pd.DataFrame: # a row a tie rule
 def _tally(con, table: str) -> tuple[int, int, int]: # tweets, pictures, accounts
     return con.execute(f"SELECT coalesce(sum(tweets), 0)::BIGINT, coalesce(sum(pictures), 0)::BIGINT, count(DISTINCT account) FROM {table}").fetchone()
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #babe3671
 def _make_plan(con, rules: Rules) -> list[tuple]: # (what was left out, (tweets, pictures, accounts) that stayed)
     "The plan of each account and bucket; says what each step leaves."
     ties, names, left = rules.ties, ["low", "medium", "high"] if rules.medium else ["low", "high"], []
@@ -199,6 +202,7 @@ def _draw(con, rules: Rules):
         con.execute("UPDATE plan SET cut = 0 WHERE k < pictures; UPDATE plan SET cut = exact.cut FROM exact WHERE plan.account = exact.account AND plan.bucket = exact.bucket")
     con.execute("CREATE OR REPLACE TEMP VIEW kept AS SELECT * EXCLUDE (spun, cut, k, n) FROM candidates WHERE spun < cut")
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #6664a2a1
 def _group(con):
     "View `grouped`: `kept` with subgroup (the smallest tweet of those that pictures join) and lead (its bucket)."
     con.execute("""CREATE OR REPLACE TEMP TABLE shared AS SELECT DISTINCT tweet_id, media_key, bucket, tweet_id::BIGINT AS first FROM kept
@@ -208,6 +212,7 @@ def _group(con):
     con.execute("""CREATE OR REPLACE TEMP VIEW grouped AS SELECT kept.*, coalesce(first::VARCHAR, tweet_id::VARCHAR) AS subgroup, coalesce(lead, bucket) AS lead FROM kept LEFT JOIN
                    (SELECT DISTINCT s.tweet_id, s.first, l.bucket AS lead FROM shared s JOIN shared l ON l.tweet_id::BIGINT = s.first) USING (tweet_id)""")
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #9e1cce7b
 def _split(con, rules: Rules) -> str: # SQL of a table: `kept` with split and subgroup
     "Cut test and valid off each bucket; BoigError if nothing would be left to train on."
     seed, quotas = derive_seed(rules.seed, "split"), []
@@ -238,6 +243,7 @@ class Report:
         tables = [self.steps.to_string(formatters=dict.fromkeys(self.steps.columns, "{:,}".format)), self.ties.round(3).to_string(index=False), self.buckets.round(2).to_string(index=False)]
         return "\n\n".join([chosen, *tables])
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #625b0464
 def _steps(con, rules: Rules, gates: dict, planned: list) -> pd.DataFrame:
     "What every step left and dropped, as a table."
     left = [("read", _tally(con, "hist"))]
@@ -280,6 +286,7 @@ def choose_pictures(
                                   FROM ({_split(con, rules)}) {'ORDER BY account, created_at, tweet_id::BIGINT, number' if small else ''}) TO {literal(part)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 100000)""")
         return _report(con, out, rules, span, steps)
 
+# %% ../../nbs/48_benches/52_boigbench.ipynb #c912c347
 def _report(con, out, rules: Rules, span: tuple, steps: pd.DataFrame) -> Report:
     "The report of a finished build."
     drawn = con.execute(f"SELECT count(*) FILTER (number = 1), count(*), count(DISTINCT account) FROM {parquet(out)}").fetchone()
