@@ -79,6 +79,7 @@ def get_device(
         raise BoigError(f"Device '{name}' was asked for but torch sees {f'only {there} of the kind' if there else 'none'} here. Use 'auto' or 'cpu'.")
     return device
 
+# %% ../nbs/00_core/00_core.ipynb #68b9babc
 PARTED = ("FSDP", "DEEPSPEED", "MEGATRON_LM") # accelerate's names for weights that lie in parts in several processes
 
 def refuse_parted(kind: str): # accelerate's name for how its processes work together
@@ -103,6 +104,7 @@ def _writable(folder: Path):
     except OSError as e:
         raise BoigError(f"Cannot write in '{folder}': {e.strerror}. Choose a folder you can write to.") from e
 
+# %% ../nbs/00_core/00_core.ipynb #23ccebaa
 @contextmanager
 def atomic_path(
     path, # the final name
@@ -119,6 +121,7 @@ def atomic_path(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/00_core/00_core.ipynb #b2e674c5
 @contextmanager
 def scratch(
     path, # what is made in it
@@ -167,6 +170,7 @@ def fingerprint(tensors) -> str: # 12 characters
     import torch
     return digest([f"{float(x.detach().cpu().double().flatten() @ torch.linspace(1, 2, x.numel(), dtype=torch.float64)):.6g}" for x in tensors])
 
+# %% ../nbs/00_core/00_core.ipynb #558c375e
 def same_run(
     folder, # that holds a run
     kept: dict, # the plan that was written there
