@@ -29,6 +29,7 @@ def sounds_secret(name: str) -> bool:
     "Whether a variable's name says that it holds a secret."
     return any(word in _WORDS or word.endswith(_ENDS) and word not in _OTHERS for word in re.split(r"[^a-z]+", name.lower()))
 
+# %% ../nbs/00_core/04_safe.ipynb #de311ad0
 def _passwords(value: str) -> list[str]:
     "The passwords in a value's addresses: scheme://user:password@host."
     return re.findall(r"://[^\s/?#:]*:([^\s/?#]+)@", value)
@@ -37,6 +38,7 @@ def _tells(value: str) -> bool:
     "Whether a value is no plain word, which files hold for other reasons."
     return len(value) >= 12 or len(value) >= 8 and bool(re.search(r"[^\W\d_]", value) and re.search(r"[\W\d_]", value))
 
+# %% ../nbs/00_core/04_safe.ipynb #d2e549a4
 @cache # once
 def _warn_of_words(names: tuple):
     warnings.warn(f"Not looked for in results, as files hold such words for other reasons: the value of {', '.join(names)}. If it is a secret, choose one of twelve characters, or of letters and digits.", stacklevel=3)
@@ -56,6 +58,7 @@ def _parts(value: str) -> set[str]:
     parts = {p.strip() for p in (*_APART.split(value), *(f(p) for p in _passwords(value) for f in (str, unquote)), unquote(value))}
     return {value, *(p for p in parts if _tells(p) and "-----" not in p)}
 
+# %% ../nbs/00_core/04_safe.ipynb #c7af120c
 def check_parameters(params: dict):
     "BoigError if a parameter's name says that it is a secret, or its value is (or holds) one of the environment's."
     for name, value in params.items():
@@ -98,6 +101,7 @@ def _parquet_holds(path: Path, wanted: dict) -> set[str]:
     return {name for batch in pq.ParquetFile(path).iter_batches() for column in batch.columns for array in _columns(column)
             for name, forms in wanted.items() for form in forms if pc.any(pc.match_substring(array, form)).as_py()}
 
+# %% ../nbs/00_core/04_safe.ipynb #79995c4f
 _BROKEN = (EOFError, OSError, SyntaxError, ValueError, struct.error, zlib.error) # what gzip and Pillow say of half a file
 
 def _png_texts(path: Path) -> bytes:
