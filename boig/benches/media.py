@@ -36,6 +36,7 @@ class LeftOut(Exception):
         super().__init__(f"{why}: {detail}" if detail else why)
         self.why, self.detail, self.again, self.wait = why, detail, again, wait
 
+# %% ../../nbs/48_benches/53_media.ipynb #6bb6d83b
 _FIRST_BYTES = {".jpg": rb"\xff\xd8\xff", ".png": rb"\x89PNG\r\n\x1a\n", ".gif": rb"GIF8[79]a", ".webp": rb"RIFF.{4}WEBP"}
 
 def sniff(
@@ -78,6 +79,7 @@ class Limits:
     at_once: int = 4 # pictures
     allow: tuple[str, ...] = () # addresses that may be used though they are not public, such as your own mirror
 
+# %% ../../nbs/48_benches/53_media.ipynb #f99a73da
 def look_up(host: str, port: int, allow: tuple[str, ...] = ()) -> list[str]: # addresses, all of them allowed
     "A name's addresses; LeftOut if one of them is not public."
     try: found = list(dict.fromkeys(a[4][0] for a in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
@@ -199,6 +201,7 @@ def _wanted(rows, columns: list[str]) -> dict[str, tuple]: # key -> the other co
     named = rows.loc[rows[columns[0]].notna(), columns].drop_duplicates(columns[0])
     return {str(r[0]): r[1:] for r in named.itertuples(index=False, name=None)}
 
+# %% ../../nbs/48_benches/53_media.ipynb #0c1eae66
 def _places(folder: Path, wanted: dict, by_name: bool) -> dict[str, Path]: # key -> file that should be there
     "Files named by their keys, or by a column of the table."
     if by_name: return {k: folder/str(file) for k, (file,) in wanted.items() if pd.notna(file)}
