@@ -135,7 +135,7 @@ def _scan(con, rules: Rules, gates: dict[str, str]):
     con.execute(f"""CREATE TEMP TABLE caps (account VARCHAR, cut UBIGINT);
                     CREATE TEMP VIEW gated AS SELECT p.*, (CASE {when} ELSE 0 END)::UTINYINT AS gate FROM {spun if rules.max_tweets else 'posts p'}; {count};
                     CREATE TEMP TABLE sizes AS SELECT account, sum(tweets)::BIGINT AS n FROM hist WHERE {asked} GROUP BY account""")
-    if rules.max_tweets:
+    if rules.max_tweets: # count once more, now that the cuts of accounts with too many are known
         large = f"(FROM sizes WHERE n > {rules.max_tweets} AND n >= {rules.min_tweets})"
         rows = f"SELECT account, h, {rules.max_tweets} AS k, n FROM gated JOIN {large} USING (account) WHERE number <= 1 AND {asked}"
         con.execute(f"INSERT INTO caps {_cuts('account', rows)}; {count}")
@@ -175,16 +175,19 @@ def _make_plan(con, rules: Rules) -> list[tuple]: # (what was left out, (tweets,
     ties, names, left = rules.ties, ["low", "medium", "high"] if rules.medium else ["low", "high"], []
     ranges = {"low": f"{rules.likes[0]}, low_{ties}", "medium": f"greatest(coalesce(low_{ties}, -1) + 1, {rules.likes[1]}), coalesce(high_{ties} - 1, {2**62})",
               "high": f"greatest(high_{ties}, {rules.likes[2]}), if(high_{ties} IS NULL, NULL, {2**62})"}
+    # one row an account and bucket: the likes it goes from and to, and how many tweets and pictures have them
     limits = " UNION ALL ".join(f"SELECT * FROM (SELECT account, '{b}', {ranges[b]} FROM thresholds) t(account, bucket, least, most)" for b in names)
     con.execute(f"""CREATE OR REPLACE TEMP TABLE plan AS SELECT account, bucket, least, most, sum(pictured)::BIGINT AS tweets, sum(pictures)::BIGINT AS pictures, 0::BIGINT AS k, 0::DOUBLE AS cut
                     FROM ranked JOIN ({limits}) USING (account) WHERE likes BETWEEN least AND most AND pictures > 0 GROUP BY ALL""")
     left.append(("likes between the buckets" if not any(rules.likes) else "likes in no bucket", _tally(con, "plan")))
+    # then accounts go, and what is left says how many each bucket gives
     if rules.balance:
         con.execute(f"DELETE FROM plan WHERE account NOT IN (SELECT account FROM plan GROUP BY account HAVING count(*) = {len(names)})")
         left.append(("account has nothing in one of the buckets", _tally(con, "plan")))
     if rules.accounts:
         con.execute(f"DELETE FROM plan WHERE account NOT IN (SELECT account FROM plan GROUP BY account ORDER BY md5('{rules.seed} ' || account) LIMIT {rules.accounts})")
         left.append((f"account not drawn (at most {rules.accounts:,})", _tally(con, "plan")))
+    # k: the smaller bucket's pictures, fewer if all of them are more than wanted
     con.execute(f"UPDATE plan SET k = {'least_of.k' if rules.balance else 'pictures'} FROM (SELECT account, min(pictures) AS k FROM plan GROUP BY account) least_of WHERE plan.account = least_of.account")
     if rules.pictures: con.execute(f"UPDATE plan SET k = round(k * least(1, {rules.pictures} / (SELECT sum(k) FROM plan)))")
     con.execute(f"UPDATE plan SET cut = if(k = pictures, {WHOLE}, k / pictures * {WHOLE})")
