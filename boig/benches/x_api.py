@@ -323,7 +323,7 @@ def write_posts(
     "Pages of X API v2 as one table of posts, each tweet once; BoigError only if nothing at all can be used."
     out, summary = Path(out), Summary()
     files = [f for f in _files(source) if f.resolve() != out.resolve()]
-    with scratch(out) as tmp, database(tmp, memory, threads=1) as con: # one thread keeps the order of the rows
+    with scratch(out) as tmp, database(tmp, memory, threads=1) as con: # one thread: the same order of rows at every call
         (folder := tmp/"raw").mkdir()
         renamed = _gather(con, files, folder, summary, previews)
         summary.files = len(files)
