@@ -44,13 +44,14 @@ def action_prompts(
     "Phrases of the action set as prompts."
     return pd.DataFrame([{"template": a.template(pocket), "seen": a.rl, "phrase": a.phrase, "companion": a.companion, "layout": a.layout} for a in phrases])
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #5837ff32
 @dataclass(frozen=True)
 class Protocol:
     "Subjects, what is asked of each, and what RL is trained on."
     name: str # one of PROTOCOLS
     data: DreamBench
     pocket: bool # prompts of the pocket world
-    phrases: int = 0 # of the action set: so many of a subject's five, seen and unseen by turns; 0 = all
+    phrases: int = 0 # of the action set: so many of a subject's five, half of them seen; 0 = all
     trained: str = "" # the protocol whose prompts RL trains on; "" = its own
 
     def asked(self, subject: BenchSubject) -> pd.DataFrame: # a row a prompt: template, seen, phrase, companion, layout
@@ -59,8 +60,8 @@ class Protocol:
         all_of_them = actions(subject.noun)
         seen, unseen = ([a for a in all_of_them if a.rl == kind] for kind in (True, False))
         n = self.phrases or len(all_of_them)
-        chosen = seen[:-(-n // 2)] + unseen[:max(n // 2, n - len(seen))]
-        return action_prompts(chosen, self.pocket)
+        half = seen[:(n + 1) // 2]
+        return action_prompts(half + unseen[:n - len(half)], self.pocket)
 
     def rl(self, subject: BenchSubject) -> tuple[str, ...]: # templates
         "What RL is trained on."
@@ -81,7 +82,7 @@ def load_protocol(
     names = [n.strip() for n in subjects.split(",") if n.strip()] or None
     data = read_dreambench(folder, names) if folder else write_pocket_subjects(Path(pocket_folder)/name, names)
     found = Protocol(name, data, not folder, **more)
-    for s in data.subjects.values(): # what is wrong is said now, not an hour later
+    for s in data.subjects.values():
         asked = found.asked(s)
         if told := set(found.rl(s)) & set(asked.template[~asked.seen.astype(bool)]): raise BoigError(f"RL would train on '{min(told)}', which counts as unseen.")
     return found
@@ -90,6 +91,7 @@ def load_protocol(
 METHODS = {"custom_diffusion": "Custom Diffusion", "dreambooth": "DreamBooth", "neti": "NeTI", "textual_inversion": "Textual Inversion", "instructbooth": "InstructBooth"} # in Table 1's order
 _TRAIN = {"custom_diffusion": train_custom_diffusion, "dreambooth": train_dreambooth, "neti": train_neti, "textual_inversion": train_textual_inversion}
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #5ea46066
 def made(
     place, # a table ….parquet, or the folder of a training
     plan: dict, # what it is made from
@@ -101,6 +103,7 @@ def made(
     elif note.is_file(): same_run(place, json.loads(note.read_text(encoding="utf-8")), plan)
     return last.is_file()
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #ebdc7c34
 def training_plan(
     method: str, # one of METHODS
     subject: Subject,
@@ -144,6 +147,7 @@ def teach(
     for left in folder.rglob("checkpoint.pt"): left.unlink()
     return load_personalised(folder, base)
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #6deef45f
 def training_log(folder) -> pd.DataFrame: # as of its training
     "What a method's training has logged."
     folder = Path(folder)
@@ -174,6 +178,7 @@ def picture_rows(
     pictures = draw(pipe, list(rows.asked), s := derive_seed(seed, "compare"), batch_size, **sampling)
     return rows.assign(image=[{"bytes": as_png(x, model or pipe, p, s, i, **sampling), "path": None} for i, (x, p) in enumerate(zip(pictures, rows.asked))]) # as `datasets` embeds it
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #487c3e05
 def _pixels(file, longest: int = 1024) -> bytes: # of a PNG
     "A picture upright, in RGB, and nothing else: a photograph's file may say where its owner lives. A large one is scaled down: no judge looks at more, and as a PNG it has many times a photograph's bytes."
     picture = open_rgb(file)
@@ -200,6 +205,7 @@ def drawing_plan(
     "What `picture_rows` draws follows from this, and from the pipeline: names as there."
     return {"templates asked": list(asked.template), "pictures of a prompt": each, "seed of the pictures": seed, "sampling": sampling, "pictures at once": batch_size}
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #5ba26055
 def write_pictures(path, table: pd.DataFrame):
     "A table with pictures as parquet, in small groups of rows: pandas cannot read one with more than 2 GB of them."
     with atomic_path(path) as tmp: table.to_parquet(tmp, index=False, row_group_size=256)
@@ -232,6 +238,7 @@ class Lesson:
     def at(self, subject: BenchSubject) -> Path: # the same for the same pictures and words, whatever the protocol
         return Path(self.folder)/f"{subject.name}-{digest([subject.noun, subject.description, *(sha256_file(p) for p in subject.pictures)], 6)}"
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #ceda0105
 def compare_subject(
     lesson: Lesson,
     protocol: Protocol,
@@ -304,7 +311,8 @@ def picture_grid(
     import matplotlib.pyplot as plt
     drawn = rows[rows.method.isin(list(methods)) & (rows.number < each)]
     columns = drawn[drawn.method == drawn.method.iloc[0]]
-    fig, axes = plt.subplots(2 + len(methods), len(columns), figsize=(side * (len(columns) + 0.6), side * (len(methods) + 1.5)), squeeze=False, height_ratios=[1, 0.5] + [1] * len(methods))
+    fig, axes = plt.subplots(2 + len(methods), len(columns), figsize=(side * (len(columns) + 0.6), side * (len(methods) + 1.5)), squeeze=False,
+        height_ratios=[1, 0.5] + [1] * len(methods)) # the references, the prompts, a row a method
     fig.subplots_adjust(left=0.6 / (len(columns) + 0.6), right=0.995, top=0.995, bottom=0.005, wspace=0.03, hspace=0.03)
     def put(ax, image, good=False):
         ax.imshow(open_rgb(image["bytes"]))
@@ -333,6 +341,7 @@ def claim_verdict(
     if "worse" in set(found[[*text, subject]]): return "fails"
     return "holds" if set(found[list(text)]) == {"better"} and found[subject] in ("better", "undecided") else "undecided"
 
+# %% ../../nbs/80_personalise/86_compare.ipynb #58d20119
 def cells_to_decide(
     gain: float,
     low: float,
