@@ -74,6 +74,7 @@ def train_rl(
     save_subject(folder, "instructbooth", subject.words(), start=os.path.relpath(start, folder), lora=rl.lora_rank > 0)
     return log
 
+# %% ../../nbs/80_personalise/85_instructbooth.ipynb #549de191
 def train_instructbooth(
     pipe: StableDiffusionPipeline, # a fresh one; trained in place
     subject: Subject,
@@ -89,7 +90,7 @@ def train_instructbooth(
 ) -> pd.DataFrame: # the log of the RL stage, one row an epoch
     "DreamBooth, then DDPO, or go on where a stopped run was."
     instruct_prompts(subject, templates)
-    Run.check(pipe, rl) # what is wrong is said before DreamBooth has taken its time
+    Run.check(pipe, rl)
     check_folder(Path(folder)/"rl", {})
     start = Path(start or Path(folder)/"dreambooth")
     train_dreambooth(pipe, subject, start, dreambooth, class_folder, progress)
