@@ -43,6 +43,7 @@ class TuningConfig:
     seed: int = 0
     batch_size: int = 8 # pictures of one update, those of all processes together
 
+# %% ../../nbs/50_diffusion/51_tuning.ipynb #b2ca7513
 def check_positive(config, *names):
     "BoigError unless these settings are at least 1."
     for name in names:
@@ -180,6 +181,7 @@ def save_run(run: Tuning, **more):
     with atomic_path(run.folder/"checkpoint.pt") as tmp: torch.save(state, tmp)
     write_csv(run.folder/"log.csv", pd.DataFrame(run.log))
 
+# %% ../../nbs/50_diffusion/51_tuning.ipynb #a2c382d0
 def load_run(run: Tuning) -> dict: # what `save_run` was given; empty if the run is new
     "Go on where the folder's run was, if there is one; BoigError unless all processes find the same."
     state = _read_run(run) if (run.folder/"checkpoint.pt").exists() else {}
@@ -206,6 +208,7 @@ def averaged(run: Tuning):
     try: yield
     finally: swap()
 
+# %% ../../nbs/50_diffusion/51_tuning.ipynb #d50308dc
 def restore(run: Tuning):
     "Give the pipeline's networks the precision back that they came with."
     for part in run.before: getattr(run.pipe, part).to(run.before[part])
