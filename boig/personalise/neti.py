@@ -57,6 +57,7 @@ class LayerAttention:
         out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
+# %% ../../nbs/80_personalise/84_neti.ipynb #f813fc1c
 def text_layers(unet) -> list[str]: # names of processors
     "The attentions to the text, in the order in which a picture passes them."
     names = [n for n in unet.attn_processors if n.endswith("attn2.processor")]
@@ -111,6 +112,7 @@ def read_once(neti: NeTI, ids: torch.Tensor) -> torch.Tensor: # [B, L] -> [B, la
     "Prompts without the word."
     return _encode(neti, ids)[1][:, None, None].expand(-1, neti.layers, 2, -1, -1)
 
+# %% ../../nbs/80_personalise/84_neti.ipynb #e4a84524
 def read_layers(neti: NeTI, ids: torch.Tensor, t: torch.Tensor) -> torch.Tensor: # [B, L], [B] -> [B, layers, 2, L, D]
     "Prompts with the word: for each layer a row of its own, all in one batch."
     n, rows = neti.layers, ids.repeat_interleave(neti.layers, 0)
@@ -139,6 +141,7 @@ class NeTIConfig(PersonaliseConfig):
     hidden: int = 128 # width of the network
     dropout: float = 0.5 # probability of nested dropout
 
+# %% ../../nbs/80_personalise/84_neti.ipynb #98de80d7
 def make_mapper(pipe: StableDiffusionPipeline, like: str, hidden: int = 128) -> NeTIMapper:
     "An untrained network for a pipeline."
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
