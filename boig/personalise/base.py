@@ -153,6 +153,7 @@ def denoising_loss(
     t = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(z),), generator=g).to(z.device)
     return sft.denoising_loss(pipe.unet, pipe.scheduler, z, torch.randn(z.shape, generator=g).to(z.device), t, states)
 
+# %% ../../nbs/80_personalise/80_personalise.ipynb #d1f6e0f4
 def with_prior(
     losses: torch.Tensor, # [n + m]: n pictures of the subject, then m of its class
     n: int,
@@ -173,6 +174,7 @@ class PersonaliseConfig(TuningConfig):
     every: int = 100 # steps of one line of the log, and between two checkpoints
     tracker: str = ""
 
+# %% ../../nbs/80_personalise/80_personalise.ipynb #2d4b899a
 class Learner(Tuning):
     "One subject's training in memory."
     free = ("tracker", "gradient_checkpointing")
@@ -204,6 +206,7 @@ def finished(
     same_run(folder, json.loads(note.read_text(encoding="utf-8")), json.loads(json.dumps(plan))) # as the file gives it back
     return pd.read_csv(folder/"log.csv")
 
+# %% ../../nbs/80_personalise/80_personalise.ipynb #686a5d67
 def prepare(
     pipe: StableDiffusionPipeline,
     subject: Subject,
