@@ -107,6 +107,7 @@ def _loss(pipe, subject, c: CustomDiffusionConfig, own, prior, token: int, vecto
         return with_prior(denoising_loss(pipe, z, states, g), c.batch_size, c.prior_weight)
     return loss
 
+# %% ../../nbs/80_personalise/82_custom_diffusion.ipynb #834e95a9
 def load_custom_diffusion(
     pipe: StableDiffusionPipeline, # a fresh one of the same model
     folder,
