@@ -246,9 +246,11 @@ def compare_subject(
     methods, # of METHODS; InstructBooth needs DreamBooth before it
 ) -> pd.DataFrame: # a row a picture: protocol, subject, noun, method, `picture_rows`; method "reference" has its given pictures, "base" its class by the untrained model
     "All methods on one subject, or go on where a stopped run was."
-    s = protocol.data.subjects[name]
-    subject, place, how = Subject(list(s.pictures), s.noun, lesson.identifier, s.description), lesson.at(s), lesson.sampling or {}
-    asked, seed, rl = protocol.asked(s), derive_seed(lesson.seed, name), dict(start=place/"dreambooth", templates=protocol.rl(s), reward=lesson.reward)
+    s, how = protocol.data.subjects[name], lesson.sampling or {}
+    subject, place = Subject(list(s.pictures), s.noun, lesson.identifier, s.description), lesson.at(s)
+    asked, seed = protocol.asked(s), derive_seed(lesson.seed, name)
+    rl = dict(start=place/"dreambooth", templates=protocol.rl(s), reward=lesson.reward)
+
     def drawn(method):
         if method == "base": pipe, words = load_pipeline(lesson.base), s.noun
         else:
@@ -256,9 +258,11 @@ def compare_subject(
             pipe, words = teach(method, subject, own, lesson.configs[method], lesson.base, place/"class", **rl)
         model = ", ".join(filter(None, [Path(lesson.base).name, METHODS.get(method)]))
         return picture_rows(with_ddim(pipe), words, s.noun, asked, lesson.each, seed, model, lesson.draw_batch, **how)
+
     def table(method):
         plan = {"base": lesson.base} if method == "base" else training_plan(method, subject, lesson.configs[method], lesson.base, **rl)
         return kept(place/f"{protocol.name}-{method}.parquet", lambda: drawn(method), plan | drawing_plan(asked, lesson.each, seed, how, lesson.draw_batch))
+
     tables = {"reference": given_rows(s.pictures, s.noun)} | {m: table(m) for m in ("base", *methods)}
     return pd.concat([t.assign(protocol=protocol.name, subject=name, noun=s.noun, method=m) for m, t in tables.items()], ignore_index=True)
 
