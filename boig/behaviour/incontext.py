@@ -58,6 +58,7 @@ def conversation(
     solved = [m for _, s in shots.iterrows() for m in ({"role": "user", "content": listing1(spec, s)}, {"role": "assistant", "content": s["verbalization"]})]
     return [*solved, {"role": "user", "content": listing1(spec, row)}]
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #71eb2385
 def encode(messages: list[dict], tokenizer) -> list[int]:
     "A conversation's token ids, up to where the answer begins."
     if tokenizer.chat_template:
@@ -99,6 +100,7 @@ class SharedStart(DynamicLayer):
 
     def get_seq_length(self) -> int: return self.start[0].shape[-2] + super().get_seq_length()
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #0042b3d1
 def _read_start(model, ids: list[int]) -> list[DynamicLayer]:
     "The cache layers of a beginning; none where a layer forgets (sliding windows), which padding in the middle would disturb."
     if not ids: return []
@@ -148,6 +150,7 @@ def read_prices(text: str) -> dict[str, Price]: # by model
     try: return {name: Price(*map(float, pair)) for name, pair in json.loads(text or "{}").items()}
     except (ValueError, TypeError, AttributeError): raise BoigError(f'Prices are written as {{"model": [read, write]}}, per million tokens, not as {text!r}.') from None
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #30ce20cd
 @dataclass
 class Budget:
     "Money that will not be passed, in the prices' currency; servers may share one."
@@ -200,6 +203,7 @@ def _key() -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", key): raise BoigError("OPENAI_API_KEY holds characters that no key has; copy it again.")
     return key
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #a9e7926a
 def _seconds(retry_after: str) -> float:
     "What a Retry-After header asks for: seconds, or a date; 0 if it says nothing."
     try: wait = float(retry_after)
@@ -222,6 +226,7 @@ def _send(client: httpx.Client, url: str, body: dict, timeout: float) -> Reply:
     except (httpx.HTTPError, httpx.InvalidURL) as e:
         return Reply(0, type(e).__name__, charged=not isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.InvalidURL)))
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #62c51c50
 def _read(text: str) -> dict | None:
     "An answer and its tokens (None where the server does not count); None if this is no answer."
     try:
@@ -284,6 +289,7 @@ def _afford(server: Server, body: dict):
     if not server.budget.allows(most := server.cost(body)):
         raise NotRun(f"the budget of {server.budget.limit:g} would be passed: {server.budget.spent:.4f} is spent, the next request may cost {most:.4f}")
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #e2c1233d
 def _pause(config: ServerConfig, k: int, reply: Reply) -> float: # seconds
     "How long to wait after try k: exponential with jitter, or as asked; NotRun if there is no point in waiting."
     busy = reply.status in (0, 200, 408, 409, 425, 429) or reply.status >= 500
@@ -291,6 +297,7 @@ def _pause(config: ServerConfig, k: int, reply: Reply) -> float: # seconds
     if (wait := _seconds(reply.retry_after)) > config.patience: raise NotRun(f"it asks to be left alone for {wait:.0f} s")
     return wait + random.uniform(0, config.first_wait) if wait else min(config.longest_wait, config.first_wait * 2**k) * random.uniform(0.5, 1)
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #51384b41
 def _answer(server: Server, client: httpx.Client, body: dict) -> dict:
     "Ask until there is an answer, and keep it; NotRun says why there is none."
     for k in range(server.config.tries):
@@ -323,6 +330,7 @@ def estimate(
     return {"requests": len(bodies), "kept": len(bodies) - len(new), "tokens": round(read + write), "tokens at most": sum(sum(server.most(b)) for b in new),
             "cost": server.price.of(read, write) if server.price else math.nan, "cost at most": sum(server.cost(b) for b in new)}
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #e30e63cb
 def answer_by_server(
     server: Server,
     conversations: list[list[dict]],
@@ -361,6 +369,7 @@ def answers_table(
     text = {c: "string" for c in ("id", "told", "answer")}
     return pd.concat([table, said[["answer", "prompt_tokens", "answer_tokens", "cost"]]], axis=1).astype(text | {"prompt_tokens": float, "answer_tokens": float, "cost": float})
 
+# %% ../../nbs/60_behaviour/64_incontext.ipynb #040ac6c4
 def table1_shots(
     answers: pd.DataFrame, # of `answers_table`, several baselines
     data: pd.DataFrame, # the benchmark
