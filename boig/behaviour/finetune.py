@@ -74,6 +74,7 @@ def valid_examples(
     "Listing 1 about each row: what a checkpoint is chosen by, the same targets for both twins."
     return [[Example(1, listing1(spec.told(with_behaviour), row), row["verbalization"])] for _, row in table.iterrows()]
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #491e704e
 def examples_of(
     table, # rows of a benchmark: content fields, KPI columns, verbalization, id
     spec: DataSpec,
@@ -116,6 +117,7 @@ def _forget_quantization(model):
     for owner, mark in [(model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")]:
         if hasattr(owner, mark): delattr(owner, mark)
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #02c4a4f0
 def quantization(bits: int): # 0 = none, 4 or 8
     "How a model's frozen weights are stored (QLoRA); BoigError if what it needs is not there."
     if bits not in (0, 4, 8): raise BoigError(f"Weights are stored in 4 or 8 bits, or as they are (0), not in {bits}.")
@@ -197,6 +199,7 @@ class _Checkpoints(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir(): write_json(folder/_WHOLE, dict(step=state.global_step))
         PartialState().wait_for_everyone()  # then all of them can ask for the best
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #422937bd
 class _LeaveOut(TrainerCallback):
     "Leave out a step whose gradient is no finite number, and log it with its rows; BoigError after twenty in a row."
     bad = 0 # in a row
@@ -212,6 +215,7 @@ class _LeaveOut(TrainerCallback):
         if self.bad == 20: raise BoigError("Twenty steps in a row had a gradient that is no finite number; they were left out. Take a smaller learning rate, or look at the rows of these steps.")
         for p in model.parameters(): p.grad = None  # then the optimiser has nothing to do
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #e516ae06
 def last_checkpoint(run_dir) -> Path | None:
     "The newest whole checkpoint of a run; half-written ones are deleted."
     found = sorted((p for p in Path(run_dir).glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=lambda p: int(p.name.split("-")[1]))
@@ -225,6 +229,7 @@ def check_launch():
     for kind in PARTED:
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"): refuse_parted(kind)
 
+# %% ../../nbs/60_behaviour/60_finetune.ipynb #2960bcfc
 def training_arguments(run_dir, steps, batch_size, accumulation, learning_rate, warmup_ratio, eval_every, seed, device, checkpointing=False) -> TrainingArguments:
     "The paper's schedule (appendix A.2) as transformers' arguments; its 'warmup learning rate scheduler: cosine' is read as a linear warm-up, then a cosine to 0."
     check_launch()
