@@ -46,6 +46,7 @@ class Source:
 
 SOURCES = {"pocket_boigbench": Source("account", "created_at", "likes"), "pocket_stock": Source("contributor", "release date", "forwards")}
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #a09d8121
 def wishes(
     table: pd.DataFrame, # a benchmark
     bench: str, # its name
@@ -112,6 +113,7 @@ def oracle(
     if request.account not in accounts(): return math.nan
     return math.log(expected(seen, Context(request.account, request.date, resolution), SOURCES[request.bench].kpi))
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #513160b7
 AT_ONCE = 64 * 512 * 512 # pixels that a judge is handed: 64 pictures of Stable Diffusion, thousands of the pocket world
 
 def in_parts(
@@ -123,6 +125,7 @@ def in_parts(
     n = max(1, AT_ONCE // math.prod(images.shape[2:]))
     return torch.cat([ask(images[i:i + n], *(s[i:i + n] for s in said)).cpu() for i in range(0, max(1, len(images)), n)])
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #df60dd4a
 def assess(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1]
     asked: pd.DataFrame, # B requests
@@ -169,6 +172,7 @@ class PromptReward:
             out[at] = self.rewards[bench](images[at], [prompts[i] for i in at], list(rows.context.iloc[at]))
         return out
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #4d03e0a4
 def in_form(
     reward: BoigReward,
     form: str, # one of FORMS
@@ -211,6 +215,7 @@ def divergence(
         total = total + (((new - old) / sigma)**2 / 2).sum((1, 2, 3))
     return float(total.mean())
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #a3caa077
 def diversity(
     features: torch.Tensor, # [B, D]
     prompts: list[str], # B of them; those of one text are compared
@@ -375,6 +380,7 @@ def fid_folds(
     rest = [frechet_distance(a.mean, a.covariance, b.mean, b.covariance) for a, b in (d(fold != j) for j in parts)] or [math.nan] * FOLDS
     return np.array([float(distance(*d(fold >= 0))), *rest])
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #67adaddc
 def fid_cells(
     drawn: torch.Tensor, # [B, D] features
     true: torch.Tensor, # [B, D] of the same rows' own pictures
@@ -386,6 +392,7 @@ def fid_cells(
     found = ((bench, kpi, np.flatnonzero(here)) for bench, kpi, here in cells(rows))
     return {(bench, kpi): fid_folds(drawn[at], true[at], name, rows.prompt.iloc[at]) for bench, kpi, at in found if kpi == "All" or len(at) >= least}
 
+# %% ../../nbs/60_behaviour/66_boigsd.ipynb #33f40c02
 def jackknife(folds: np.ndarray) -> tuple[float, float, float]: # value, and the ends of its 95% interval
     "The interval of what `fid_folds` gives, or of a difference of two of them."
     spread = student.ppf(0.975, FOLDS - 1) * math.sqrt((FOLDS - 1) / FOLDS * ((folds[1:] - folds[1:].mean())**2).sum())
