@@ -110,6 +110,7 @@ def _number(
         if above is not None: begin.append(f"{write(n, top, True, True)}::_ %if and(ge({held}, {1 << 4 * (n - 1)}), lt({held}, {int(largest(n, top), 16)}))")
     return [_rule(name, begin), *rules.values()]
 
+# %% ../../nbs/60_behaviour/61_generate.ipynb #492d3ae0
 def _box_rules(width: int, height: int, most: int) -> list[str]:
     "1 to `most` named objects with integer boxes inside the picture, corners in order."
     more, second = f' ({_literal(", ")} object){{0,{most - 1}}}' if most > 1 else "", 4 * _DIGITS
@@ -118,6 +119,7 @@ def _box_rules(width: int, height: int, most: int) -> list[str]:
             *_number("x1", 0, width - 1, ", ", "y1", keep=0), *_number("y1", 0, height - 1, ", ", "x2", keep=second),
             *_number("x2", 1, width, ", ", "y2", above=0), *_number("y2", 1, height, above=second)]
 
+# %% ../../nbs/60_behaviour/61_generate.ipynb #754e69f9
 def verbalization_grammar(
     resolution: tuple[int, int], # width, height in pixels
     most_objects: int = 5,
@@ -155,6 +157,7 @@ class Constraint:
         m, ids = self.matcher(), tokenizer(text, add_special_tokens=False).input_ids
         return m.try_consume_tokens(ids) == len(ids) and m.is_accepting()
 
+# %% ../../nbs/60_behaviour/61_generate.ipynb #b3db8f0b
 class SizedConstraints:
     "The constraint of each picture, by its size: compiled when it is asked for (0.05 s); the last 64 sizes are kept (4 MB each)."
     def __init__(self, sizes: list[tuple[int, int]], most_objects: int, tokenizer, n_vocab: int | None = None): # sizes: a (width, height) a picture
@@ -202,6 +205,7 @@ def plain_decoding(model):
     try: yield
     finally: inner.generation_config = own
 
+# %% ../../nbs/60_behaviour/61_generate.ipynb #1ab69e79
 def answer_room(
     tokenizer,
     answers: list[str], # known ones, such as those of the training pictures
@@ -209,6 +213,7 @@ def answer_room(
     "What a new answer may take: the longest known one, its end, and a tenth more."
     return math.ceil(1.1 * (1 + max(map(len, tokenizer(answers, add_special_tokens=False).input_ids))))
 
+# %% ../../nbs/60_behaviour/61_generate.ipynb #13d2417b
 @torch.no_grad()
 def generate_answers(
     model, tokenizer,
