@@ -79,6 +79,7 @@ def score_rows(
     logp = score_many(model, tokenizer, asked, list(rows.verbalization) if texts is None else texts)
     return pd.DataFrame([{form: to_score(l, form).item() for form in FORMS} | {"tokens": len(l)} for l in logp])
 
+# %% ../../nbs/60_behaviour/65_ranking.ipynb #d1ffdf6a
 def llm_scores(
     told: tuple | None, plain: tuple | None, # BoigLLM and its twin, each (model, tokenizer)
     rows: pd.DataFrame, # test rows
@@ -109,6 +110,7 @@ def behaviour_worth(
         (told, rows, spec), (told, shuffled_kpis(rows, spec.behaviour_columns, seed), spec), (plain, rows, spec.told(False))))
     return pd.DataFrame({"over another picture's KPIs": true - other, "over its twin": true - none})
 
+# %% ../../nbs/60_behaviour/65_ranking.ipynb #3929fa68
 def nats_to_have(
     words: float, looks: float, # rank correlations with the outcome: of the words, of the verbalisation
 ) -> float:
