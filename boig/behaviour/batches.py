@@ -62,6 +62,7 @@ class GroupDataset(Dataset):
     def __len__(self): return len(self.groups)
     def __getitem__(self, i): return self.groups[i]
 
+# %% ../../nbs/60_behaviour/59_batches.ipynb #b9143db8
 class Rounds(Dataset):
     "`n` items of a data set in a random order that a seed fixes: each once before any comes again."
     def __init__(self, data: Dataset, n: int, seed: int):
@@ -111,6 +112,7 @@ def fit_rows(
         room[at] -= lengths[i]
     return rows
 
+# %% ../../nbs/60_behaviour/59_batches.ipynb #8a7bb47e
 @dataclass
 class PackGroups:
     "Collate groups into few rows of several examples each, none of which sees another."
