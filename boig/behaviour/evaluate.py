@@ -36,6 +36,7 @@ def pick_test_rows(
     share = [limit // len(parts) + (i < limit % len(parts)) for i in range(len(parts))]
     return pd.concat([spread(part, k) for part, k in zip(parts, share) if k]).reset_index(drop=True)
 
+# %% ../../nbs/60_behaviour/62_evaluate.ipynb #4e6b7d32
 def shuffled_kpis(
     rows: pd.DataFrame,
     kpis: list[str],
