@@ -139,6 +139,7 @@ def questions(
     size = f"({images.shape[3]}, {images.shape[2]})"
     return [instruction(spec, {**dict(c), "captions": p, "image resolution": size}, 1, c.get("behaviour", behaviour)) for c, p in zip(each, prompts)]
 
+# %% ../../nbs/60_behaviour/63_reward.ipynb #c8a75be2
 def score_many(model, tokenizer, asked: list[str], texts: list[str], **options) -> list[torch.Tensor]: # as `score_texts`
     "Score texts that answer several questions, those of one question together."
     found = [None] * len(texts)
