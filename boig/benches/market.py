@@ -39,16 +39,20 @@ def catalogue(account: str) -> tuple[str, ...]:
     names = [n for n, s in load_sprites().items() if s.sector == row["sector"]]
     return tuple(sorted(names, key=lambda n: trait("sells", account, n))[:6] if row["kind"] == "brand" else names)
 
+# %% ../../nbs/48_benches/47_market.ipynb #07aa5ea0
 @lru_cache(maxsize=None)
 def _weights(account: str, month: int) -> tuple[tuple, np.ndarray, np.ndarray]:
     "All names, and the chances of each to be the main object and an extra."
     sprites, row, sold = load_sprites(), accounts()[account], catalogue(account)
-    def chance(n, base, season): return (base * (1 if not sprites[n].months else 2.5 if month in sprites[n].months else 0.5)
-                                         if sprites[n].sector != "season" else season * (month in sprites[n].months))
+    def chance(n, base, season):
+        months = sprites[n].months
+        if sprites[n].sector == "season": return season * (month in months)
+        return base * (1 if not months else 2.5 if month in months else 0.5)
     main = np.array([chance(n, float(n in sold), 0.5) for n in sprites])
     extra = np.array([chance(n, 1.0 if sprites[n].sector == row["sector"] else 0.1, 1.5) for n in sprites])
     return tuple(sprites), main / main.sum(), extra / extra.sum()
 
+# %% ../../nbs/48_benches/47_market.ipynb #d508ea55
 def advertise(account: str, month: int, rng: np.random.Generator) -> Scene:
     "A scene as this account would make it in this month."
     row, (names, main, extra) = accounts()[account], _weights(account, month)
@@ -115,6 +119,7 @@ def lucky(mean, sigma: float, rng: np.random.Generator) -> np.ndarray: # same sh
     mean = np.asarray(mean, float)
     return mean * np.exp(sigma * rng.standard_normal(mean.shape) - sigma**2 / 2)
 
+# %% ../../nbs/48_benches/47_market.ipynb #34616083
 @dataclass(frozen=True)
 class Tweet:
     "A tweet of the market, with its truth."
@@ -142,6 +147,7 @@ def _draft(account: str, time: datetime.datetime, last: tuple, rng: np.random.Ge
     main = next(iter(truth(scenes[0]))) if scenes else ""
     return dict(account=account, time=time, text=tweet_text(account, main, time.month, rng), media=media, scenes=scenes, repeats=repeats)
 
+# %% ../../nbs/48_benches/47_market.ipynb #ed699767
 def _times(n: int, rng: np.random.Generator) -> list[datetime.datetime]:
     "Moments in working hours, sorted."
     days, seconds = rng.integers(DAYS, size=n), rng.integers(7 * 3600, 21 * 3600, size=n)
@@ -225,6 +231,7 @@ def snowflake(time: datetime.datetime, number: int) -> str:
     ms = round(time.replace(tzinfo=datetime.timezone.utc).timestamp() * 1000) - 1288834974657
     return str((ms << 22) + number % 2**22)
 
+# %% ../../nbs/48_benches/47_market.ipynb #3cc23ac1
 def _entities(text: str, urls: dict[str, str]) -> dict:
     "Where hashtags and links stand in a tweet."
     at, found = 0, {"hashtags": [], "urls": []}
@@ -234,6 +241,7 @@ def _entities(text: str, urls: dict[str, str]) -> dict:
         at += len(word) + 1
     return {k: v for k, v in found.items() if v}
 
+# %% ../../nbs/48_benches/47_market.ipynb #9deb2256
 def _media(t: Tweet, key: str, scene: Scene, alt: bool) -> dict:
     "A member of `includes.media`; only a photo has a `url`."
     row = {"media_key": key, "type": t.media, "width": GRID, "height": GRID}
@@ -322,6 +330,7 @@ def _write_tweets(folder: Path, tweets: list[Tweet], seed: int, malformed: int):
     _lines(folder/"twitter"/"pages.jsonl", _spoil(lines, malformed, seed))
     _lines(folder/"truth"/"tweets.jsonl", facts)
 
+# %% ../../nbs/48_benches/47_market.ipynb #7c9816d2
 def _write_stock(folder: Path, assets: list[Asset]):
     "stock/ and its part of truth/."
     (folder/"stock"/"media").mkdir(parents=True)
