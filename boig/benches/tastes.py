@@ -95,6 +95,7 @@ def _board(ask: tuple[int, int], rules: TasteRules, draw, verbalizer, model: str
     files = [_png(x, draw and made_by(model, derive_seed(seed, "picture", k), text)) for k, x in enumerate(images)]
     return text, [(f"{who:05d}-{prompt:03d}-{k:02d}", f) for k, f in enumerate(files)], parts(scenes, asks, images) if draw is None else picture_parts(images, asks, verbalizer)
 
+# %% ../../nbs/48_benches/59_tastes.ipynb #65a82599
 def _session(user: int, prompt: int, chooser: Chooser, rules: TasteRules, board: tuple, begun) -> list[dict]:
     "One prompt of a user: choices in the release's format."
     rng, (text, shown, seen) = np.random.default_rng(derive_seed(rules.seed, "choices", user, prompt)), board
@@ -194,6 +195,7 @@ PLACES = dict(zip(("centre", "top left", "bottom left", "top right", "bottom rig
 POCKET_DIMENSIONS = {"art style": STYLES, "color palette": tuple(PALETTES), "composition": tuple(PLACES), "skill level": ("small", "middling", "large"),
                      "detail level": ("one", "two", "three", "four"), "hue": tuple(sorted({c for s in load_sprites().values() for c in s.colors})), "medium": BACKGROUNDS}
 
+# %% ../../nbs/48_benches/59_tastes.ipynb #937f619a
 @dataclass(frozen=True)
 class Agent:
     "Somebody made of likes and dislikes: (dimension, attribute) pairs."
@@ -214,6 +216,7 @@ def _opinions(values: tuple, most: int, rng: np.random.Generator) -> tuple[list,
     drawn = [values[i] for i in rng.permutation(len(values))[:2 * n]]
     return drawn[:n], drawn[n:]
 
+# %% ../../nbs/48_benches/59_tastes.ipynb #00c1f5b4
 def make_agents(
     dimensions: dict = POCKET_DIMENSIONS, # or DIMENSIONS
     n: int = 30,
@@ -245,6 +248,7 @@ def agent_prompt(subject: str, own: frozenset, rng: np.random.Generator) -> str:
     for d, v in sorted(own): by.setdefault(d, []).append(v)
     return ", ".join([subject, *(f"{values[rng.integers(len(values))]} {d}" for d, values in by.items())])
 
+# %% ../../nbs/48_benches/59_tastes.ipynb #2e268fd0
 def agent_scene(main: str, own: frozenset, rng: np.random.Generator) -> Scene:
     "A picture of an object with one attribute of each pocket dimension."
     by = {}
