@@ -75,9 +75,9 @@ def synthetic(
 class HistoryRules:
     "How choices become histories and questions."
     least_liked: int = 11 # different liked pictures a user needs (appendix C)
-    pairs: int = 8 # of a history (appendix C)
+    pairs: int = 8 # of a history (Tables 1 and 2)
     rivals: int = 3 # of a liked picture in a top-k case (Table 1: one of four)
-    test_users: float = 0.15 # share of users that training never sees; the paper's numbers are missing from the text that we had
+    test_users: float = 0.15 # share of users that training never sees
     valid_users: float = 0.05 # and of those that are kept to choose settings
     held: float = 0.2 # of a training user: the share of prompts, the latest, that are questions
     seed: int = 42
@@ -125,6 +125,7 @@ def _wanted_of(file, wanted: set, at_once: int): # yields (uid, bytes)
                     wanted.discard(uid)
                     yield uid, data
 
+# %% ../../nbs/48_benches/58_pickapic.ipynb #002364a7
 def _same_work(folder: Path, plan: dict):
     "Forget what was copied for other files, or for another choice of pictures."
     done = folder/"pictures.json"
@@ -132,6 +133,7 @@ def _same_work(folder: Path, plan: dict):
     for old in folder.glob("pictures-*.parquet"): old.unlink()
     write_json(done, plan)
 
+# %% ../../nbs/48_benches/58_pickapic.ipynb #30a1db8b
 def stream_pictures(
     files: list, # of the release
     folder, # for pictures-NNNNN.parquet, one a file
@@ -182,6 +184,19 @@ class Pictures:
     def __getitem__(self, uid: str) -> torch.Tensor: # [3, H, W] float32 in [0, 1]
         return to_tensor(self.bytes(uid))
 
+# %% ../../nbs/48_benches/58_pickapic.ipynb #584c08f2
+def _drop_lost(con, files: list, folder: Path, rules: HistoryRules) -> dict:
+    "Copy pictures; drop the triples that miss one, and users who then have too few."
+    if "jpg_0" not in pq.read_schema(files[0]).names: raise BoigError(f"{files[0]} has no pictures (jpg_0, jpg_1). Take the release with pictures, or pass pictures=False.")
+    wanted = {u for u, in con.execute("SELECT unnest([liked, disliked]) FROM triples").fetchall()}
+    lost = stream_pictures(files, folder, wanted)
+    con.register("lost", pd.DataFrame({"uid": sorted(lost)}, dtype="object"))
+    before = con.execute("SELECT count(*) FROM triples").fetchone()[0]
+    con.execute("DELETE FROM triples WHERE liked IN (SELECT uid FROM lost) OR disliked IN (SELECT uid FROM lost)")
+    after = con.execute("SELECT count(*) FROM triples").fetchone()[0]
+    con.execute(f"DELETE FROM triples WHERE NOT {_ENOUGH.format('triples', rules.least_liked)}")
+    return {"pictures": len(wanted) - len(lost), "broken": len(lost), "without_picture": before - after}
+
 # %% ../../nbs/48_benches/58_pickapic.ipynb #9267cd38
 def _roles(users: list[str], rules: HistoryRules) -> pd.DataFrame: # user_id, role
     "train, valid or test: by a hash of the user's number."
@@ -189,6 +204,7 @@ def _roles(users: list[str], rules: HistoryRules) -> pd.DataFrame: # user_id, ro
     def role(x): return "test" if x < rules.test_users else "valid" if x < rules.test_users + rules.valid_users else "train"
     return pd.DataFrame({"user_id": users, "role": [role(spin(u)) for u in users]}, dtype="object")
 
+# %% ../../nbs/48_benches/58_pickapic.ipynb #2786b1ad
 def _split(con, rules: HistoryRules):
     "Make `parts`: triples with role, target (is it a question?) and split."
     con.register("roles", _roles([u for u, in con.execute("SELECT DISTINCT user_id FROM triples ORDER BY 1").fetchall()], rules))
@@ -206,12 +222,15 @@ def _split(con, rules: HistoryRules):
     for done in ("triples", "asks", "placed", "known", "leaks"): con.execute(f"DROP TABLE {done}")  # they would fill the memory
 
 # %% ../../nbs/48_benches/58_pickapic.ipynb #a0131bd4
-def _cases(con, rules: HistoryRules):
-    "Make `cases`: a history and a question each."
-    def luck(*columns): return f"md5(concat_ws('|', {rules.seed}, {', '.join(columns)}))"
+def _luck(rules: HistoryRules, *columns) -> str:
+    "An order by chance as an SQL expression: the same in every run, on every machine."
+    return f"md5(concat_ws('|', {rules.seed}, {', '.join(columns)}))"
+
+def _histories(con, rules: HistoryRules):
+    "Make `histories`: a user's pairs, the same for all of their questions."
     con.execute(f"""CREATE TABLE pool AS SELECT user_id, caption, liked, disliked, ask,
                         liked IN (SELECT disliked FROM parts q WHERE q.user_id = p.user_id AND NOT q.target) OR disliked IN (SELECT liked FROM parts q WHERE q.user_id = p.user_id AND NOT q.target) AS mixed,
-                        {luck('user_id', 'liked', 'disliked')} AS luck FROM parts p WHERE NOT target
+                        {_luck(rules, 'user_id', 'liked', 'disliked')} AS luck FROM parts p WHERE NOT target
                     QUALIFY row_number() OVER (PARTITION BY user_id, liked ORDER BY mixed, luck) = 1""")
     con.execute(f"""CREATE TABLE histories AS SELECT user_id, list(liked ORDER BY place) AS reference_list, list(disliked ORDER BY place) AS reference_list_bad,
                         list(caption ORDER BY place) AS reference_prompt_list
@@ -219,18 +238,38 @@ def _cases(con, rules: HistoryRules):
                           FROM (SELECT *, row_number() OVER (PARTITION BY user_id, ask ORDER BY mixed, luck) AS turn FROM pool)) WHERE place <= {rules.pairs}
                     GROUP BY 1 HAVING count(*) = {rules.pairs}""")
     con.execute("DROP TABLE pool")
+
+# %% ../../nbs/48_benches/58_pickapic.ipynb #c9632521
+def _fours(con, rules: HistoryRules):
+    "Make `fours`: a prompt's best picture and its rivals."
     con.execute(f"""CREATE TABLE fours AS
         WITH won AS (SELECT user_id, ask, liked, count(*) AS wins FROM parts WHERE target GROUP BY ALL),
              best AS (SELECT * FROM won w WHERE NOT EXISTS (FROM defeats d WHERE d.user_id = w.user_id AND d.ask = w.ask AND d.uid = w.liked)
-                      QUALIFY row_number() OVER (PARTITION BY user_id, ask ORDER BY wins DESC, {luck('liked')}) = 1),
+                      QUALIFY row_number() OVER (PARTITION BY user_id, ask ORDER BY wins DESC, {_luck(rules, 'liked')}) = 1),
              lost AS (SELECT b.user_id, b.ask, b.liked, p.disliked, max(p.liked = b.liked) AS own, any_value(p.caption) AS caption, any_value(p.split) AS split, any_value(p.seen) AS seen
                       FROM best b JOIN parts p USING (user_id, ask) WHERE p.target AND p.disliked <> b.liked GROUP BY ALL)
         SELECT user_id, ask, liked, list(disliked ORDER BY own DESC, luck) AS disliked, min(caption) AS caption, min(split) AS split, bool_or(seen) AS seen
-        FROM (SELECT *, {luck('user_id', 'disliked')} AS luck FROM lost QUALIFY row_number() OVER (PARTITION BY user_id, ask ORDER BY own DESC, luck) <= {rules.rivals})
+        FROM (SELECT *, {_luck(rules, 'user_id', 'disliked')} AS luck FROM lost QUALIFY row_number() OVER (PARTITION BY user_id, ask ORDER BY own DESC, luck) <= {rules.rivals})
         GROUP BY 1, 2, 3 HAVING count(*) = {rules.rivals}""")
+
+# %% ../../nbs/48_benches/58_pickapic.ipynb #c1dd3af2
+def _cases(con, rules: HistoryRules):
+    "Make `cases`: a history and a question each."
+    _histories(con, rules)
+    _fours(con, rules)
     con.execute("""CREATE VIEW cases AS SELECT kind, user_id, split, seen, caption AS prompt, liked, disliked, reference_list, reference_list_bad, reference_prompt_list FROM (
                        SELECT 'pair' AS kind, user_id, split, seen, caption, liked, [disliked] AS disliked FROM parts WHERE target
                        UNION ALL SELECT 'four', user_id, split, seen, caption, liked, disliked FROM fours) JOIN histories USING (user_id)""")
+
+# %% ../../nbs/48_benches/58_pickapic.ipynb #0331eaf1
+def _write(con, folder: Path, rules: HistoryRules) -> dict:
+    "The tables as Parquet; their numbers."
+    keep = "user_id, split, seen, caption, liked, disliked, created_at"
+    for name, query in {"triples": f"SELECT {keep} FROM parts ORDER BY user_id, created_at, liked, disliked", "cases": "SELECT * FROM cases ORDER BY kind, user_id, prompt, liked, disliked"}.items():
+        with atomic_path(folder/f"{name}.parquet") as tmp: con.execute(f"COPY ({query}) TO {literal(tmp)} (FORMAT parquet)")
+    parts = con.execute("SELECT count(*), count(DISTINCT user_id), count(*) FILTER (split = 'train'), count(DISTINCT user_id) FILTER (split = 'train') FROM parts").fetchone()
+    cases = con.execute("SELECT kind || ' ' || split || CASE WHEN seen THEN ' seen' ELSE ' unseen' END, count(*) FROM cases GROUP BY 1 ORDER BY 1").fetchall()
+    return dict(zip(("triples", "users_kept", "train_triples", "train_users"), parts)) | dict(cases)
 
 # %% ../../nbs/48_benches/58_pickapic.ipynb #4af2e8dc
 def build_histories(
@@ -257,28 +296,6 @@ def build_histories(
         report |= _write(con, folder, rules)
     write_json(folder/"report.json", report | {"rules": asdict(rules)})
     return report
-
-# %% ../../nbs/48_benches/58_pickapic.ipynb #97d988f2
-def _drop_lost(con, files: list, folder: Path, rules: HistoryRules) -> dict:
-    "Copy pictures; drop the triples that miss one, and users who then have too few."
-    if "jpg_0" not in pq.read_schema(files[0]).names: raise BoigError(f"{files[0]} has no pictures (jpg_0, jpg_1). Take the release with pictures, or pass pictures=False.")
-    wanted = {u for u, in con.execute("SELECT unnest([liked, disliked]) FROM triples").fetchall()}
-    lost = stream_pictures(files, folder, wanted)
-    con.register("lost", pd.DataFrame({"uid": sorted(lost)}, dtype="object"))
-    before = con.execute("SELECT count(*) FROM triples").fetchone()[0]
-    con.execute("DELETE FROM triples WHERE liked IN (SELECT uid FROM lost) OR disliked IN (SELECT uid FROM lost)")
-    after = con.execute("SELECT count(*) FROM triples").fetchone()[0]
-    con.execute(f"DELETE FROM triples WHERE NOT {_ENOUGH.format('triples', rules.least_liked)}")
-    return {"pictures": len(wanted) - len(lost), "broken": len(lost), "without_picture": before - after}
-
-def _write(con, folder: Path, rules: HistoryRules) -> dict:
-    "The tables as Parquet; their numbers."
-    keep = "user_id, split, seen, caption, liked, disliked, created_at"
-    for name, query in {"triples": f"SELECT {keep} FROM parts ORDER BY user_id, created_at, liked, disliked", "cases": "SELECT * FROM cases ORDER BY kind, user_id, prompt, liked, disliked"}.items():
-        with atomic_path(folder/f"{name}.parquet") as tmp: con.execute(f"COPY ({query}) TO {literal(tmp)} (FORMAT parquet)")
-    parts = con.execute("SELECT count(*), count(DISTINCT user_id), count(*) FILTER (split = 'train'), count(DISTINCT user_id) FILTER (split = 'train') FROM parts").fetchone()
-    cases = con.execute("SELECT kind || ' ' || split || CASE WHEN seen THEN ' seen' ELSE ' unseen' END, count(*) FROM cases GROUP BY 1 ORDER BY 1").fetchall()
-    return dict(zip(("triples", "users_kept", "train_triples", "train_users"), parts)) | dict(cases)
 
 # %% ../../nbs/48_benches/58_pickapic.ipynb #e51338af
 def authors_table(
