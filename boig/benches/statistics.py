@@ -78,6 +78,7 @@ def _looks(part: pd.DataFrame) -> dict:
         found |= {"objects a picture": said.map(lambda v: len(v["objects"])).mean(), "colours a picture": said.map(lambda v: len(v["color and tones"]["colors"])).mean()}
     return found
 
+# %% ../../nbs/48_benches/54_statistics.ipynb #ca225382
 def statistics(
     table: pd.DataFrame, # a benchmark
     paper: str = "", # "boigbench" or "stock": put the paper's figures beside
@@ -87,6 +88,7 @@ def statistics(
     here = pd.DataFrame({name: pd.Series(_counts(part) | _behaviour(part) | _looks(part), dtype=object) for name, part in parts.items()})
     return here.join(paper_statistics(paper).add_prefix("paper, ")) if paper else here
 
+# %% ../../nbs/48_benches/54_statistics.ipynb #182b8b3f
 def as_text(
     frame: pd.DataFrame, # of `statistics`
 ) -> pd.DataFrame: # of strings
@@ -119,6 +121,7 @@ def _tile(ax, row, kpi: str, width: int = 26):
         lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [lines[-1], word[:width]]
     ax.text(0.5, -0.03, "\n".join(lines[:4]) + (" …" if len(lines) > 4 else ""), fontsize=5, ha="center", va="top", transform=ax.transAxes, parse_math=False)
 
+# %% ../../nbs/48_benches/54_statistics.ipynb #36cd9609
 def sample_grid(
     table: pd.DataFrame, # a benchmark with pictures
     rows: int = 4, # accounts, where there are accounts
@@ -156,6 +159,7 @@ def scores(
         found += by_size(lambda x, ids: reward(x, [own[k] for k in ids]).detach().cpu().tolist(), part, batch_size)
     return np.array(found, dtype=float)
 
+# %% ../../nbs/48_benches/54_statistics.ipynb #1b7f326b
 def score_figure(
     table: pd.DataFrame, # a benchmark
     values, # [N] a score of each row
@@ -188,6 +192,7 @@ def ground_truth(
         rows[b] = {"n": len(part)} | {name: x for k in frame for name, x in ((k, part[k].mean()), (f"± {k}", margin[k]))}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("KPI")
 
+# %% ../../nbs/48_benches/54_statistics.ipynb #21546c19
 _PAPER_TABLES = {"boigbench": {"high": (3.405, 4.994, 30.509), "low": (3.291, 4.881, 30.638)}, # Table 3
                  "stock": {"high": (1.993, 5.339, 30.885), "medium": (2.043, 5.351, 30.385), "low": (2.011, 5.323, 30.523)}} # Table 4
 
