@@ -39,6 +39,7 @@ KINDS = {
     "pick": Kind("Which of these images would the same person like best?", "Above are images that one person liked and did not like.", True),
     "side": Kind("Which of the two images suits this person better?", "Above are images that one person liked and did not like.", True)} # (i) to (iii): InstructBooth, appendix E; the question of (iii) in our words, and "given image" is all of the subject's
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #753927c7
 @dataclass(frozen=True)
 class Question:
     "A question, with what is hidden from the rater."
@@ -137,6 +138,7 @@ class _Pictures:
             self.files.append(out.getvalue())
         return self.numbers[name]
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #49321e8b
 def _pack(questions: list[Question], seed: int) -> tuple[list[dict], dict, _Pictures]:
     "Questions as the page reads them, in a shuffled order, and the key to their names."
     rng, shown, key, pictures = np.random.default_rng(derive_seed(seed, "questionnaire")), [], {}, _Pictures()
@@ -194,6 +196,7 @@ def _answers_of(path: Path) -> tuple[str, str, list[dict]]: # questionnaire, rat
         return name, rater, rows
     except (OSError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as e: raise BoigError(f"'{path}' holds no answers of a questionnaire ({type(e).__name__}).") from e
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #816aab4f
 def _named(path: Path, row: dict, key: dict) -> dict:
     "An answer with what it was about."
     q = key.get(row.get("question"))
@@ -241,6 +244,7 @@ def _ends(
     _, first, last, _ = bootstrap_means(good.to_numpy(float)[:, None], resamples, derive_seed(seed, "people"), cells.groupby(cell).ngroup())[:, 0]
     return float(np.minimum(low, first)), float(np.maximum(high, last)) # NaN for too few cells
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #71d4d452
 def human_table(
     answers: pd.DataFrame, # of `read_answers`
     methods, # rows, in this order
@@ -298,6 +302,7 @@ def pick_table(
         rows.append({"People": who, "accuracy": mean, "low": low, "high": high, "n": int(n), "raters": about.rater.nunique()})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #cd8a58da
 def agreement_table(
     answers: pd.DataFrame, # of `read_answers`
 ) -> pd.DataFrame: # a row a kind: Kind, questions, raters, alpha, low, high, kappa (NaN unless all answered all)
