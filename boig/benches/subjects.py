@@ -47,6 +47,7 @@ class BenchSubject:
         "The pictures; BoigError for one that cannot be read."
         return [to_tensor(p) for p in self.pictures]
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #1deda05e
 def read_subject(
     folder, # of its pictures
     noun: str,
@@ -92,6 +93,7 @@ class DreamBench:
         "The templates for a subject."
         return self.prompts["live" if subject.live else "object"]
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #e5dbbe7f
 def read_dreambench(
     folder, # with prompts_and_classes.txt and a folder for each subject
     names=None, # subjects to read; None = all of the file
@@ -155,6 +157,7 @@ class Action:
         thing = self.companion if self.companion in PLURALS else with_article(self.companion)
         return "a {0} {1} " + (f"and {thing}" if pocket else self.phrase)
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #129ceb5b
 def actions(
     noun: str, # of one of the eight subjects
 ) -> tuple[Action, ...]:
@@ -164,6 +167,7 @@ def actions(
     if group is None: raise closest(noun, [n for nouns in groups.values() for n in nouns], "noun of the action set")
     return tuple(Action(**{{"from": "origin"}.get(k, k): v for k, v in row.items()}) for row in _tables()["actions"][group])
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #39bbb68a
 def action_table() -> pd.DataFrame: # a row a phrase
     "The whole action set, and how the pocket world shows it."
     rows = [{"subjects": ", ".join(nouns), "phrase": a.phrase, "from": a.origin, "RL": "seen" if a.rl else "unseen", "RL told": a.told, "companion": a.companion, "layout": a.layout, "stands for it as": a.stand_in}
@@ -221,6 +225,7 @@ def _mark(s: PocketSubject, rgba: np.ndarray) -> np.ndarray: # [h, w] bool
     stroke = rgba[..., :3].max(-1) <= 40
     return shape & (rgba[..., 3] > 127) & ~(stroke & (s.mark == "band"))
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #e727ad6d
 @lru_cache(maxsize=None)
 def subject_sprite(
     name: str,
@@ -246,6 +251,7 @@ class Shot:
     mirrored: bool = False
     tilt: float = 0 # degrees, anticlockwise
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #1af1c107
 def take(
     sprite: np.ndarray, # [h, w, 4] uint8
     shot: Shot,
@@ -273,12 +279,6 @@ def _fit(sprite: np.ndarray, width: int, height: int) -> tuple[int, int]: # widt
     h, w = sprite.shape[:2]
     return tuple(max(1, round(v * min(width / w, height / h))) for v in (w, h))
 
-def _before(s: PocketSubject, rng: np.random.Generator) -> dict:
-    "A background for a subject by chance."
-    colors = [c for c in PALETTE_HEX if np.abs(_rgb(c).astype(int) - _rgb(s.color)).sum() > 200 and c != "Black"]
-    kind = str(rng.choice(BACKGROUNDS, p=[0.5, 0.25, 0.25]))
-    return {"background": kind, "colors": tuple(map(str, rng.choice(colors, 1 + (kind != "plain"), replace=False)))}
-
 QUARTER = GRID // 2 # its side, in 64ths of the picture
 
 def _inside(sprite: np.ndarray, box) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
@@ -293,6 +293,14 @@ def _quarter(corner) -> tuple[int, int, int, int]: # x1, y1, x2, y2 in 64ths
     x, y = corner
     return x, y, x + QUARTER, y + QUARTER
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #57a609b8
+def _before(s: PocketSubject, rng: np.random.Generator) -> dict:
+    "A background for a subject by chance."
+    colors = [c for c in PALETTE_HEX if np.abs(_rgb(c).astype(int) - _rgb(s.color)).sum() > 200 and c != "Black"]
+    kind = str(rng.choice(BACKGROUNDS, p=[0.5, 0.25, 0.25]))
+    return {"background": kind, "colors": tuple(map(str, rng.choice(colors, 1 + (kind != "plain"), replace=False)))}
+
+# %% ../../nbs/48_benches/56_subjects.ipynb #b95d631e
 def portrait(
     name: str, # of a pocket subject
     k: int, # number of the picture
@@ -353,6 +361,7 @@ def pocket_prompts() -> dict[str, tuple[str, ...]]: # "object", "live" -> 25 tem
     p = _tables()["pocket_prompts"]
     return {"object": (*p["places"], *p["places_object"], *p["properties"]), "live": (*p["places"], *p["wear"], *p["properties"])}
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #2a80d6d9
 def prompts_text(
     classes: dict[str, str], # subject -> noun
     prompts: dict[str, tuple[str, ...]], # "object", "live" -> templates
@@ -362,6 +371,7 @@ def prompts_text(
     table = "\n".join(f"{name},{noun}" for name, noun in classes.items())
     return f"Classes\n\nsubject_name,class\n{table}\n\nPrompts\n\nObject Prompts\n\n{listed(prompts['object'])}\nLive Subject Prompts\n\n{listed(prompts['live'])}"
 
+# %% ../../nbs/48_benches/56_subjects.ipynb #79d3302a
 def pocket_pictures(names, n: int = 5, seed: int = 0) -> pd.DataFrame: # a row a picture
     "The truth about the reference pictures of pocket subjects."
     rows = []
