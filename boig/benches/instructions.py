@@ -147,6 +147,7 @@ def listing1(spec: DataSpec, row) -> str:
     "Listing 1's question about a benchmark's row: what checkpoints are chosen by and test pictures are asked."
     return instruction(spec, row, 1, spec.behaviour(row))
 
+# %% ../../nbs/48_benches/48_instructions.ipynb #1343615f
 def answer(
     spec: DataSpec,
     listing: int, # 1 to 4
