@@ -94,6 +94,7 @@ def _noun(name: str) -> str: return f"pair of {name}" if name in PLURALS else na
 
 def _tag(words: str) -> str: return "#" + "".join(w[0].upper() + "".join(c for c in w[1:] if c.isalnum()) for w in words.replace("&", "").split())
 
+# %% ../../nbs/48_benches/47_market.ipynb #4d379c59
 def tweet_text(
     account: str,
     main: str, # the object it is about; "" for a tweet about none
@@ -271,6 +272,7 @@ def to_api(
         rows.append((data | ({"attachments": {"media_keys": keys}} if keys else {}), last if keys else [], list(zip(keys, t.scenes))))
     return rows
 
+# %% ../../nbs/48_benches/47_market.ipynb #33bf5cc6
 def user_id(account: str) -> str:
     "An account's number, as X writes it; made from its handle."
     return str(10**9 + derive_seed(0, "user", account))

@@ -47,6 +47,7 @@ def _flat(color) -> bytes:
     Image.new("RGB", (16, 16), tuple(map(int, color))).save(buffer, "JPEG")
     return buffer.getvalue()
 
+# %% ../../nbs/48_benches/58_pickapic.ipynb #56a29121
 def synthetic(
     path, # of the Parquet file
     rows: int, users: int,

@@ -67,6 +67,7 @@ def save_pictures(
         with atomic_path(Path(folder)/name) as tmp: open_rgb(p).save(tmp)
     return write_csv(Path(folder)/"pictures.csv", table.assign(file=names))
 
+# %% ../../nbs/48_benches/57_questionnaire.ipynb #d8f68a02
 def read_pictures(
     folder, # of `save_pictures`
 ) -> pd.DataFrame: # subject, prompt, picture (path), number (of this subject and prompt), and more

@@ -155,7 +155,7 @@ def best_possible(
         common.append(p if (pair[0] - pair[1]) @ mean > 0 else 1 - p)
     return {"own utility": float(np.mean(own)), "the crowd's mean utility": float(np.mean(common))}
 
-# %% ../../nbs/48_benches/59_tastes.ipynb #325fff1a
+# %% ../../nbs/48_benches/59_tastes.ipynb #6871e1e0
 def oracle_scores(
     rules: TasteRules,
     seen: pd.DataFrame, # parts.parquet
