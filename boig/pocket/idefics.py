@@ -39,6 +39,7 @@ def _place(o) -> str:
     x, y = ((o.box[i] + o.box[i + 2]) * 3 // 128 for i in (0, 1))
     return f"{row[y]} {column[x]}" if (x, y) != (1, 1) else "middle"
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #9d7d35fd
 def one_picture(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]: # (kind, question, answer)
     "All that can be asked about a picture; one question of each kind."
     main, here = scene.objects[-1], [o.name for o in scene.objects]
@@ -65,6 +66,7 @@ def draw_pair(rng: np.random.Generator, unseen: bool = False) -> tuple[Scene, Sc
         second = replace(second, style=first.style if keep[2] else str(rng.choice(STYLES)))
         if held_out(second) == unseen: return (first, second) if rng.random() < 0.5 else (second, first)
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #292ad30a
 def two_pictures(a: Scene, b: Scene, rng: np.random.Generator) -> list[tuple[str, str, str]]: # (kind, question, answer)
     "All that can be asked about a pair of pictures, one question of each kind."
     def same(x, y): return "yes" if x == y else "no"
@@ -88,6 +90,7 @@ def turn(question: str, answer: str | None = None, images: int = 0) -> str: # wi
     said = "" if answer is None else f" {answer}<end_of_utterance>\n"
     return f"User:{'<image>' * images}{'' if images else ' '}{question}<end_of_utterance>\nAssistant:{said}"
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #b72bdf6e
 def pick(asked: list[tuple], rng: np.random.Generator, n: int) -> list[tuple]:
     "`n` of the questions in any order, but what gives others away comes last."
     chosen = [asked[i] for i in rng.permutation(len(asked))[:n]]
@@ -149,6 +152,7 @@ def patch_labels(scene: Scene) -> np.ndarray: # [2, 64] int64: object (0 = none)
         labels[1][inside] = 1 + COLOR_NAMES.index(o.color) if o.color else 0
     return labels.reshape(2, 64)
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #3b1a1bce
 def picture_labels(scene: Scene) -> list[int]:
     "Style, the background's kind, upper and lower colour, and the main object."
     return [STYLES.index(scene.style), BACKGROUNDS.index(scene.background), COLOR_NAMES.index(scene.colors[0]), COLOR_NAMES.index(scene.colors[-1]),
@@ -176,6 +180,7 @@ def make_batch(conversations: list[tuple[list[Scene], str]], processor: Idefics2
             "pixel_values": normalize(pixels(scenes)).unflatten(0, (len(rows), -1)),
             "patches": torch.from_numpy(np.stack([patch_labels(s) for s in scenes])), "pictures": torch.tensor([picture_labels(s) for s in scenes])}
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #8d37b165
 def forward(model: Idefics2ForConditionalGeneration, batch: dict) -> tuple:
     "Logits at the answers' tokens [A, vocabulary], these tokens [A], patches [P, 64, width] and tokens [P, latents * width] of the P pictures."
     seen = model.model.get_image_features(batch["pixel_values"])
@@ -198,6 +203,7 @@ def visual_loss(
     losses += [F.cross_entropy(x, batch["pictures"][:, i]) for i, x in enumerate(choices)]
     return torch.stack([*losses, 20 * F.binary_cross_entropy_with_logits(there, shown)]).mean()  # of 72 objects, two are there: 20 makes it weigh like the others
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #92747805
 def learn(parts: torch.nn.ModuleDict, batch: tuple) -> dict[str, torch.Tensor]: # (weight of the heads, batches of conversations)
     "The loss of a step, and how many answer tokens would have been the first choice."
     weight, batches = batch
@@ -207,6 +213,7 @@ def learn(parts: torch.nn.ModuleDict, batch: tuple) -> dict[str, torch.Tensor]: 
     right = torch.cat(logits).argmax(-1) == torch.cat(labels)
     return {"loss": answers + weight * visual, "answers": answers, "visual": visual, "first_choice": right.float().mean()}
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #5cf75154
 def draw_batches(
     stages: list[dict], # until: share of the run; talks: [conversations, pictures, questions] of each kind
     done: float, # share of the run
@@ -217,6 +224,7 @@ def draw_batches(
     talks = next(s["talks"] for s in stages if done < s["until"])
     return [make_batch([conversation(rng, pictures, questions) for _ in range(n)], processor) for n, pictures, questions in talks]
 
+# %% ../../nbs/20_zoo/28_idefics.ipynb #a7411f14
 def talk_stage(
     r: dict, # the recipe
     seed: tuple, # its seed and name
