@@ -11,9 +11,9 @@ import importlib
 import json
 import math
 import os
-import time
 import re
 import shutil
+import time
 import tomllib
 import warnings
 from contextlib import contextmanager
@@ -58,6 +58,7 @@ def orthogonalize(
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if wide else x).to(m.dtype)
 
+# %% ../../nbs/20_zoo/20_training.ipynb #1ea3f159
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised: for weights that are matrices, convolution kernels included."
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -194,6 +195,7 @@ def recipe(name: str) -> dict:
     if name not in recipes(): raise closest(name, recipes(), "recipe")
     return recipes()[name]
 
+# %% ../../nbs/20_zoo/20_training.ipynb #cc18864e
 def _changed(r: dict, changes: dict, of: str) -> dict:
     "The changes of a recipe; a table's with the rest of it. BoigError if there is no such setting."
     for key, value in changes.items():
@@ -229,6 +231,7 @@ def whole_files(
         yield new
         shutil.copytree(new, folder, copy_function=os.replace, dirs_exist_ok=True)
 
+# %% ../../nbs/20_zoo/20_training.ipynb #6852edcd
 def save_model(
     model, # float32, which it stays
     folder,
@@ -241,6 +244,7 @@ def save_model(
         save_log(log, tmp)
     model.float()
 
+# %% ../../nbs/20_zoo/20_training.ipynb #c34f63ef
 def ship(name: str, folder, package=None):
     "Put a trained model into the package (cards stay) and its hash into `zoo.toml`."
     package = Path(package or str(files("boig")))
