@@ -35,7 +35,6 @@ from ..data.verbalization import Verbalization, parse, problems
 from ..data.world import Scene, accounts, load_sprites, truth
 from ..perception.captioning import named, say
 from .captions import describe, held_out, sample
-
 from .training import fit, recipe, save_model
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #eaae3a02
@@ -74,6 +73,7 @@ def dice(spec: DataSpec, rng: np.random.Generator) -> dict:
     "KPIs and buckets that nothing causes."
     return {k.name: int(10 ** rng.uniform(0, 5)) - 1 for k in spec.kpis} | {f"{k.name} bucket": str(rng.choice(["high", "medium", "low"])) for k in spec.kpis if k.bucket}
 
+# %% ../../nbs/20_zoo/27_llama.ipynb #60e67528
 def draw_examples(n: int, *seed, unseen: bool = False) -> tuple[list[Scene], list[str], list[list[Example]]]: # pictures, captions, groups: the verbalisation first
     "`n` pictures with questions and true answers, from a seed and the names of what it is for."
     rng, luck = (np.random.default_rng(derive_seed(*seed, *which)) for which in ((), ("behaviour",)))
@@ -86,6 +86,8 @@ def draw_examples(n: int, *seed, unseen: bool = False) -> tuple[list[Scene], lis
 
 # %% ../../nbs/20_zoo/27_llama.ipynb #e043bb77
 PIECES = r"\d\.\d{1,2}(?!\d)|(?<!\d)\d{1,2}(?!\d)(?:, (?=\d))?|\d| ?[^\W\d]+| ?[^\w\s]+|\s+(?!\S)|\s+"
+
+# %% ../../nbs/20_zoo/27_llama.ipynb #378c2931
 BENCHES = (STOCK, EMOJIBENCH, BOIGBENCH)
 SCAFFOLD = ('{"color and tones": {"colors": {', *(f'"{c}": {{"coverage": ' for c in COLOR_NAMES), "}, ", '}}, "tones": {"warm": ',
             ', "neutral": ', ', "cool": ', '}}, "objects": {"', '": [', '], "', "]}}", '"exact ',
@@ -156,10 +158,12 @@ def in_parts(examples: list[Example], tokenizer, size: int = 16) -> list[dict]: 
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     return [{"input_ids": pad(part, "input_ids", tokenizer.pad_token_id), "labels": pad(part, "labels", -100)} for part in parts]
 
+# %% ../../nbs/20_zoo/27_llama.ipynb #0e2f70a1
 def number_tokens(tokenizer) -> torch.Tensor: # [vocabulary] bool
     "Which tokens are numbers."
     return torch.tensor([re.fullmatch(r"[\d., ]*\d[\d., ]*", tokenizer.decode([i])) is not None for i in range(len(tokenizer))])
 
+# %% ../../nbs/20_zoo/27_llama.ipynb #a5de6622
 def answer_loss(model: LlamaForCausalLM, parts: list[dict], weight: torch.Tensor) -> dict[str, torch.Tensor]: # weight of each token: [vocabulary]
     "Weighted cross-entropy of the answers' tokens; how many of the others than numbers would have been the first choice."
     states, labels = [], []
