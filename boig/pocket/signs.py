@@ -40,6 +40,7 @@ def any_scene(rng: np.random.Generator, unseen: bool = False) -> Scene: # unseen
         scene = Scene(kind, colors, str(rng.choice(STYLES)), arrange(names, rng, sides=SIDES))
         if held_out(scene) == unseen: return scene
 
+# %% ../../nbs/20_zoo/28_signs.ipynb #2e73a793
 def facts(scene: Scene) -> tuple[str, str, str, str]: # as FACTS
     "What a rule can ask for."
     return scene.colors[0], scene.objects[-1].name, scene.style, scene.background
@@ -135,12 +136,14 @@ def read_signs(
     signs = (x == like) | (x == dislike)
     return out, idefics.lm_head(out.last_hidden_state[:, :-1][signs[:, 1:]]).float(), x[signs], signs
 
+# %% ../../nbs/20_zoo/28_signs.ipynb #7085ecf6
 def guidance(attention: torch.Tensor, x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor: # [B, heads, T, T], [B, T], [B, T]
     "−log of the attention that goes, from the token before each sign, to earlier signs that are the same; their mean."
     same = (signs[:, None] & (x[:, 1:, None] == x[:, None])).tril()  # row t: the token before sign t + 1
     share = (attention[:, :, :-1].float() * same[:, None]).sum(-1).transpose(1, 2)  # [B, T - 1, heads]
     return -(share[signs[:, 1:] & same.any(-1)] + 1e-5).log().mean()
 
+# %% ../../nbs/20_zoo/28_signs.ipynb #b3a4c0bd
 def sign_loss(parts: torch.nn.ModuleDict, album: Album, batch: tuple, like: int, dislike: int) -> dict[str, torch.Tensor]: # (weight of the aids, ids, pictures, talks)
     "The loss of a step, and how often the later half of the signs would have been right."
     weight, x, shown, talks = batch
@@ -173,6 +176,7 @@ def sign_stage(idefics: Idefics2ForConditionalGeneration, processor: Idefics2Pro
     idefics.requires_grad_(True)
     return log
 
+# %% ../../nbs/20_zoo/28_signs.ipynb #80bfb141
 def train_idefics(
     name: str, # of the recipe
     folder, # for the checkpoints and, at the end, the model
