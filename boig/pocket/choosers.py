@@ -127,6 +127,7 @@ def people(
     factors = np.exp(spread * rng.standard_normal((number, 4)) - spread**2 / 2)
     return [Chooser(str(g), *map(float, f * (alignment, layout, harmony, taste))) for g, f in zip(groups, factors)]
 
+# %% ../../nbs/20_zoo/25_choosers.ipynb #e73a44bc
 def preference(
     first: np.ndarray, # [N, 6]: parts of one picture
     second: np.ndarray, # [N, 6]: and of the other

@@ -66,6 +66,7 @@ def portrait(subject: Subject, rng: np.random.Generator, unseen: bool = False) -
     second = () if kind == "plain" else (str(rng.choice([c for c in COLOR_NAMES if c != first])),)
     return Scene(kind, (first, *second), str(rng.choice(STYLES, p=PORTRAIT_STYLES)), arrange([name, *company], rng, {name: color}, ((24, 52), (12, 22))))
 
+# %% ../../nbs/20_zoo/29_embeddings.ipynb #873cb72e
 SAME = {"subject": 1.0, "object": 0.3} # what makes a subject, and its weight
 
 def subject_batch(n: int, *seed, unseen: bool = False) -> tuple[list[Scene], torch.Tensor]: # 2M scenes, labels [2, 2M]: subject, object
@@ -97,11 +98,13 @@ def make_embedding(of: str, vision: dict, dim: int = 64):
     if of == "subject": return ViTModel(ViTConfig(**shape), add_pooling_layer=False)
     raise BoigError(f"There is no embedding of '{of}'. Choose 'style' or 'subject'.")
 
+# %% ../../nbs/20_zoo/29_embeddings.ipynb #6c79aee6
 def load_embedding(folder):
     "The finished model in a folder, whichever of the two classes it is."
     if AutoConfig.from_pretrained(folder).model_type == "vit": return ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
     return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
 
+# %% ../../nbs/20_zoo/29_embeddings.ipynb #6b8243ca
 def embed(model, images: torch.Tensor) -> torch.Tensor: # [B, D], unit length
     "Pictures [B, 3, H, W] in [0, 1] as features; differentiable; another size is resized to the model's."
     side = model.config.image_size
@@ -170,6 +173,7 @@ def style_quality(model, n: int = 300, seed: int = 0) -> dict[str, tuple[float, 
     def chance(l): return float((torch.bincount(l).float() / len(l)).square().sum())
     return {what: (float(nearest(z, l)), chance(l)) for what, l in zip(LOOK, labels)}
 
+# %% ../../nbs/20_zoo/29_embeddings.ipynb #a7f458a5
 @torch.no_grad()
 def subject_quality(model, seed: int = 0) -> dict[str, tuple[float, float]]: # question -> (share, chance)
     "Two held-out portraits of each subject: which of the second ones is nearest to a first, among all, one sprite's colours, one sector's."
