@@ -50,6 +50,7 @@ def noise_times(
     u = (torch.randperm(n) + torch.rand(n)) / n
     return (torch.sigmoid(mean + torch.special.ndtri(u)) * T).long().clamp(0, T - 1)
 
+# %% ../../nbs/20_zoo/24_sd.ipynb #a833a55c
 def velocity_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler, # with prediction_type v_prediction
@@ -82,6 +83,7 @@ def text_states(
     ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.autocast(tower.device.type, torch.bfloat16, enabled=bf16_pays(tower.device.type)): return tower(ids.to(tower.device)).last_hidden_state.float()
 
+# %% ../../nbs/20_zoo/24_sd.ipynb #5d34a28c
 def train_sd(
     name: str, # of the recipe
     folder, # for the checkpoint and, at the end, the pipeline
