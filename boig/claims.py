@@ -92,6 +92,7 @@ class Number:
         runs = float(stdtrit(self.seeds - 1, 1 - 0.025 / k)) * self.error if self.seeds > 1 else 0.0
         return self.value - max(wider * (self.value - self.low), runs), self.value + max(wider * (self.high - self.value), runs)
 
+# %% ../nbs/95_front/93_claims.ipynb #0fcf43a3
 def ends_of(names, column: str) -> tuple[str, str]:
     "The columns with the ends of a column's interval; they need not be there."
     names = list(names)
@@ -144,6 +145,7 @@ class Outcome:
     note: str = "" # why it was not run
     asked: str = "" # what was taken off, and what the claim says of the rest
 
+# %% ../nbs/95_front/93_claims.ipynb #c3f953b6
 def _less(a: Number, b: Number, times: float) -> Number:
     "a − times · b, as of independent values."
     d = a.value - times * b.value
@@ -194,6 +196,7 @@ def read_table(folders, name: str) -> pd.DataFrame | None:
         raise BoigError(f"Runs that are judged together must be of one scale and of a seed each (boig reproduce --seed), but there are {said}.")
     return pd.concat(found.values(), ignore_index=True) if found else None
 
+# %% ../nbs/95_front/93_claims.ipynb #1c846d39
 def run_tests(
     tests, # of a claim
     folders, # where the tables are
@@ -276,6 +279,7 @@ def _reason(outcomes: list[Outcome], makers: dict) -> str:
     lost = {o.note: o.label for o in reversed(outcomes) if o.note and o.table not in missing}
     return "; ".join(said + [f"{label}: {note}" for note, label in lost.items()]) + ("." if said or lost else "")
 
+# %% ../nbs/95_front/93_claims.ipynb #c93bb97d
 def judge(
     results, # a results folder, or several of one scale that differ by seed
     claims: list[Claim] | None = None, # the package's by default
@@ -290,11 +294,13 @@ def judge(
     if write: write_csv(folders[0]/"claims.csv", out)
     return out
 
+# %% ../nbs/95_front/93_claims.ipynb #37c5c5cc
 def _seed(folder: Path) -> str:
     "The seed of a results folder's tables."
     tables = (pd.read_csv(f, nrows=1) for f in sorted([*folder.glob("tables/*.csv"), *folder.glob("*.csv")]))
     return next((str(t.seed[0]) for t in tables if "seed" in t and len(t)), "?")
 
+# %% ../nbs/95_front/93_claims.ipynb #690dcf53
 def _row(c: Claim, folders: list, makers: dict, seeds: dict) -> dict:
     "A claim's line of claims.csv."
     found, expected = run_tests(c.ours, folders), run_tests(c.oracle, folders)
