@@ -159,6 +159,7 @@ def _pin(name: str) -> str | None:
     try: return version(name).split("+")[0]
     except PackageNotFoundError: return None
 
+# %% ../nbs/95_front/94_stages.ipynb #b7f7cb12
 _APART = {"zoo.toml", "roles.toml"} # of the zoo: an entry counts by itself, where it is used
 
 def _tables(module: str, source: str, package: Path) -> dict: # name -> digest
@@ -169,6 +170,7 @@ def _tables(module: str, source: str, package: Path) -> dict: # name -> digest
     return ({f"table {f.relative_to(package)}": digest(tomllib.loads(f.read_text(encoding="utf-8"))) for f in sorted(tables) if f.is_file() and f.name not in _APART}
         | {f"template {f.relative_to(package)}": digest(f.read_text(encoding="utf-8")) for f in sorted(named("html"))})
 
+# %% ../nbs/95_front/94_stages.ipynb #93a705a0
 def _weights(code: str, values) -> dict: # name -> sha256
     "The zoo's entries that the code or a parameter names, and the ones those stand on."
     known, words = entries(), set(re.findall(r"[\w-]+", " ".join(map(str, values)))) # a parameter may list several
@@ -190,6 +192,7 @@ def code_parts(
         | {f"zoo {k}": v for k, v in _weights("".join([*cells, *modules.values()]), values).items()}
         | {f"package {name}": _pin(name) for name in _PINNED})
 
+# %% ../nbs/95_front/94_stages.ipynb #616ad882
 def _content(path: Path) -> str:
     "Names, sizes and times of change of a file, or of what is in a folder and those it links to, hidden files aside: reading terabytes for each plan would take hours."
     def size(p): return p.stat().st_size, p.stat().st_mtime_ns
@@ -206,6 +209,7 @@ def _content(path: Path) -> str:
         rows += [(f"{place}/{n}", *size(p)) for n in names if not n.startswith(".") and (p := Path(at, n)).is_file()]
     return digest(sorted(rows))
 
+# %% ../nbs/95_front/94_stages.ipynb #1f187776
 def project_of(notebook: Path) -> Path:
     "Where a notebook runs: the folder that holds its `nbs`, or its own."
     return next((p.parent for p in notebook.parents if p.name == "nbs"), notebook.parent)
@@ -220,6 +224,7 @@ def data_parts(
     fetched = {"media"} if values.get("download") else set() # the stage itself fills that folder
     return {f"data {k}": _content(project/v) for k, v in values.items() if k not in fetched and outside(k, v)}
 
+# %% ../nbs/95_front/94_stages.ipynb #80d38e22
 def parts(
     stage: Stage,
     scale: Scale,
@@ -252,6 +257,7 @@ def marker(results: Path, name: str) -> Path:
     "The file that says a stage is finished."
     return Path(results)/".done"/f"{name}.json"
 
+# %% ../nbs/95_front/94_stages.ipynb #14668254
 _OURS = (".asked.json", ".boig.lock", ".done/*.json", "provenance/*.json") # what only a run leaves
 
 def results_folder(path) -> Path:
