@@ -226,6 +226,7 @@ def _stamp_notebook(executed: Path, record: dict):
     notebook["metadata"].get("papermill", {})["output_path"] = str(executed)
     write_text(executed, redact(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"))
 
+# %% ../nbs/95_front/95_reproduce.ipynb #778ca340
 def _commits(hub_log: Path) -> dict[str, list[str]]: # hub id -> commits; several if it was another one when the stage went on
     "What a stage has got from the hub, its earlier legs included."
     got = {}
@@ -279,6 +280,7 @@ def _append(path: Path, record: dict):
         torn = (size := f.seek(0, os.SEEK_END)) and os.pread(f.fileno(), 1, size - 1) != b"\n" # a full disk or a power cut took the last line's end
         f.write((("\n" if torn else "") + json.dumps(record) + "\n").encode())
 
+# %% ../nbs/95_front/95_reproduce.ipynb #fb8991f4
 def _lines(path: Path) -> list[dict]: # {} for a line that is broken, as after a full disk or a power cut
     "A file of one JSON object a line; [] if it isn't there."
     return [_object(l) for l in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.is_file() else []
@@ -355,6 +357,7 @@ def _engine(results: Path, profile: Path | None, jobs: int | None, threads: int)
     shutil.copyfile(snakefile, results/"Snakefile")  # pods are given only what lies here
     return ["--snakefile", results/"Snakefile", "--profile", profile, "--forceall", *(["--jobs", jobs] if jobs else [])]
 
+# %% ../nbs/95_front/95_reproduce.ipynb #d3805385
 def _stop(engine, patience: float):
     "End Snakemake and all it runs; `patience` seconds to take back what it has sent to a cluster."
     if engine.poll() is None and patience:
@@ -461,6 +464,7 @@ def asked_for(asked: dict, results=None) -> tuple: # the scale; whether its lang
     own = values.boig_llm.llm == load_scale(scale).boig_llm.llm
     return values, own, Path(results or project_root()/"results"/(scale if own else f"{scale}-{values.boig_llm.llm.strip('/').replace('/', '--')}")).absolute()
 
+# %% ../nbs/95_front/95_reproduce.ipynb #716fdc59
 @contextmanager
 def _disk(results: Path):
     "A full disk, told as such: nothing finished is lost, as files are replaced only by whole ones."
