@@ -35,6 +35,7 @@ def _record(results: Path, name: str) -> dict: # {} if it isn't there or is brok
         if Path(file).is_absolute() or ".." in Path(file).parts: raise BoigError(f"'{path}' names '{file}', which is not below the results folder. Remove this record, and run the stage again.")
     return found
 
+# %% ../nbs/95_front/99_results.ipynb #fa208a7f
 def planned(results: Path, notebooks=None, table=None, package=None) -> list[Step]:
     "The stages of a results folder as it was last asked for, with the reason to run each; nothing is run or written."
     results = results_folder(results)
@@ -45,6 +46,7 @@ def planned(results: Path, notebooks=None, table=None, package=None) -> list[Ste
     return make_plan(load_stages(table, asked["scale"]), values, results, Path(notebooks or project_root()/"nbs").resolve(),
                      Path(package or str(files("boig"))).resolve())
 
+# %% ../nbs/95_front/99_results.ipynb #018b9a8c
 def running(results: Path) -> tuple[int | None, set[str]]: # its process, the stages under way
     "The run that holds a results folder now, if there is one."
     try: fd = os.open(results/".boig.lock", os.O_RDONLY)
@@ -105,6 +107,7 @@ def _files(results: Path, record: dict) -> list[Finding]:
         if (results/file).is_file() and sha256_file(results/file) != sha: found.append(Finding("changed", name, f"{file}, which it read, is another one now"))
     return found
 
+# %% ../nbs/95_front/99_results.ipynb #571cf0bf
 def _records(results: Path, record: dict, log: list[dict]) -> list[Finding]:
     "Where a stage's three records disagree."
     name, keys = record["stage"], ("key", "inputs", "outputs")
@@ -158,6 +161,7 @@ def verify(results, **toy) -> tuple[list[Finding], int]: # findings; the number 
         count += len(record["outputs"]) + 1
     return found, count
 
+# %% ../nbs/95_front/99_results.ipynb #ddd7f5b7
 def verify_text(found: list[Finding], count: int) -> str:
     "The findings as text, by kind."
     lines = [line for kind in ("changed", "missing", "not repeatable from here") if (of := [f for f in found if f.kind == kind])
@@ -177,6 +181,7 @@ def leftovers(results: Path, steps: list[Step], every: set[str]) -> list[Path]:
     found = {*old, *half, *(p for p in theirs if p.is_file() and p.relative_to(results).as_posix() not in claimed)}
     return sorted(p for p in found if not found & {*p.parents})
 
+# %% ../nbs/95_front/99_results.ipynb #19d4a338
 def _freed(path: Path) -> int:
     "The bytes that removing a path frees; files with a second name free nothing."
     inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
@@ -191,6 +196,7 @@ def at_work(results: Path) -> list[str]:
         finally: os.close(fd)
     return sorted(lock.name[1:].removesuffix(".lock") for lock in (results/"runs").glob(".*.lock") if held(lock))
 
+# %% ../nbs/95_front/99_results.ipynb #c74a3b45
 def prune(
     results,
     dry_run: bool = False, # only say what would be removed
