@@ -71,6 +71,7 @@ def package(name: str, version: str) -> dict:
     page = _home() if name == "boig" else f"https://pypi.org/project/{name}/{public}/"
     return {"@id": page + (f"#{quote(version)}" if local or name == "boig" else ""), "@type": "SoftwareApplication", "name": name, "softwareVersion": version, "url": page}
 
+# %% ../nbs/95_front/99_crate.ipynb #d70ef53d
 def instrument(record: dict, notebook: str) -> list[dict]: # the notebook, the packages
     "What a stage ran: its notebook at a commit, and the packages beneath."
     origin, home = record["provenance"], _home()
@@ -82,6 +83,7 @@ def instrument(record: dict, notebook: str) -> list[dict]: # the notebook, the p
             "url": url, "softwareRequirements": _ref(p["@id"] for p in packages)}
     return [code, *packages]
 
+# %% ../nbs/95_front/99_crate.ipynb #1878c33e
 def _values(stage: str, kind: str, values: dict, units: dict = {}) -> list[dict]:
     "Names and values as entities; a value that is none is the word 'none'."
     def told(v): return v if isinstance(v, (bool, int, float, str)) else "none" if v is None else str(v)
