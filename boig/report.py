@@ -36,6 +36,7 @@ def _bands(shares: dict, hexes: dict, x: float, y: float, width: float, height: 
         x += width * share
     return "".join(out)
 
+# %% ../nbs/95_front/96_report.ipynb #071dd502
 def verbalization_svg(
     v: Verbalization,
     side: int = 64, # pixels of the picture it speaks of
@@ -53,6 +54,7 @@ def _csv(path: Path) -> pd.DataFrame | None: # None if it isn't there
     try: return pd.read_csv(path) if path.exists() else None
     except ValueError: raise BoigError(f"'{path}' holds no table. If a stage makes it, `boig reproduce` makes it again; else remove it.") from None # pandas' errors are ValueErrors
 
+# %% ../nbs/95_front/96_report.ipynb #de353e57
 def records(
     results: Path,
     stages: dict | None = None, # of `load_stages`
@@ -94,6 +96,7 @@ def _cell(row, metric: str) -> dict:
     interval = "" if low is None or pd.isna(low) or low == high else f"{low:.3f} to {high:.3f}"
     return dict(mean=f"{mean:.3f}", interval=interval, n=n)
 
+# %% ../nbs/95_front/96_report.ipynb #67c7831b
 def table_rows(table: pd.DataFrame) -> list[dict]:
     "Table 1 as rows for the page; only the first row of a model carries its name."
     rows, before = [], None
@@ -142,6 +145,7 @@ _DATA = ( # title, table of numbers, table of scores, {figure: what it shows}
     ("Stock", "stock_statistics", "boig_table4", {
         "stock_samples": "Pictures of each bucket with their forwards and captions", "boig_figure7": "How a judge of looks scores the pictures of each bucket (Fig. 7)"}))
 
+# %% ../nbs/95_front/96_report.ipynb #e961a3d2
 def data_block(results: Path, title: str, numbers: str, scores: str, figures: dict) -> dict:
     "What the page says about a data set; `numbers` is None if it was not built."
     numbers_name, scores_name = numbers, scores
@@ -160,6 +164,7 @@ def _text(x) -> str:
     if isinstance(x, float): return "" if x != x else f"{x:,.0f}" if x.is_integer() else f"{x:,.3f}"
     return f"{x:,}" if type(x) is int else str(x)
 
+# %% ../nbs/95_front/96_report.ipynb #cc354c52
 def folded(
     table: pd.DataFrame,
     most: int = 120, # rows; what is longer, as the log of a training, is read in its file
@@ -183,6 +188,7 @@ def paper_table(name: str, **only) -> dict | None: # as `folded`
     for column, value in only.items(): table = table[table[column] == value]
     return folded(table)
 
+# %% ../nbs/95_front/96_report.ipynb #33cf821f
 def stage_blocks(results: Path, stages: dict | None = None) -> list[dict]:
     "What the page says of the stages with an `about`; no pictures and no tables where one has not run."
     def table(path): return dict(name=path.stem, paper=paper_table(path.stem), **folded(pd.read_csv(path)))
@@ -201,6 +207,7 @@ def _measured(r: dict, before: str = "") -> dict: # mean, interval; empty where 
     value, low, high = (r[f"{before}{k}"] for k in ("measured", "low", "high"))
     return dict(mean=text(value), interval="" if pd.isna(low) else f"{text(low)} to {text(high)}")
 
+# %% ../nbs/95_front/96_report.ipynb #dc868a14
 def claims_block(judged: pd.DataFrame) -> dict: # counts, and papers with their claims
     "What the page says of the claims, from `judge`."
     rows = [r | dict(sign=_SIGNS[r["verdict"]], ours=_measured(r), truth=_measured(r, "oracle "), tables=r["table"].split(),
@@ -215,6 +222,7 @@ def environment():
     from jinja2 import Environment, PackageLoader
     return Environment(loader=PackageLoader("boig"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
+# %% ../nbs/95_front/96_report.ipynb #199b6df9
 def write_report(
     results, # a results folder
     *others, # of the same scale with other seeds: the claims are judged on all of them together
@@ -233,6 +241,7 @@ def write_report(
         data=[data_block(results, *d) for d in _DATA], blocks=stage_blocks(results, stages), others=_others(results, stages), gallery=gallery(results))
     return write_text(results/"index.html", page)
 
+# %% ../nbs/95_front/96_report.ipynb #5aa8b989
 def _others(results: Path, stages: dict) -> list[dict]:
     "The tables that no other part of the page shows."
     shown = {Path(o).stem for s in stages.values() if s.about for o in s.outputs} | {f"{t.lower()}_steps" for t, *_ in _DATA} | {n for _, *names, _ in _DATA for n in names}
@@ -244,6 +253,7 @@ def _picture(path: Path) -> str | None: # base64
     "A picture to put into the page."
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else None
 
+# %% ../nbs/95_front/96_report.ipynb #67d9ff62
 def table1_block(results: Path, end: str) -> dict: # `end` is one of ENDINGS' values
     "What the page says about Table 1 on one benchmark; `table` is None if it has not run."
     table, gains = (_csv(results/"tables"/f"boig_table1{end}{part}.csv") for part in ("", "_differences"))
@@ -256,6 +266,7 @@ def table1_block(results: Path, end: str) -> dict: # `end` is one of ENDINGS' va
             "named": f"{first['objects named in the question']:.0%}", "in_training": f"{first['objects seen in training']:.0%}",
             "free": _free(results, end), "figure": _picture(results/"figures"/f"boig_table1{end}.png")}
 
+# %% ../nbs/95_front/96_report.ipynb #56fee87c
 def _free(results: Path, end: str) -> list[dict]:
     "How the models did without the grammar."
     rows = []
