@@ -316,13 +316,17 @@ def _row(c: Claim, folders: list, makers: dict, seeds: dict) -> dict:
 
 # %% ../nbs/95_front/93_claims.ipynb #f1ada18b
 def decided(runs: dict[str, pd.DataFrame]) -> str: # name of a run -> of `judge`, or of claims.csv; Markdown
-    "How many claims hold in each run, and a table of those that at least one of them decides."
+    "How many claims hold in each run, and a table of those that at least one of them decides, be it by each of its seeds alone."
     tables = {name: c.set_index("id") for name, c in runs.items()}
     claims, said = next(iter(tables.values())), ("holds", "fails")
     def counts(n): return ", ".join(f"{n.get(v, 0)} {says}" for v, says in (("holds", "hold"), ("fails", "fail"), ("undecided", "are undecided"), ("not run", "were not run")))
+    def word(c, i):
+        v, alone = c.verdict[i], {seed.partition(" ")[2] for seed in str(c["each seed"][i]).split("; ")}
+        if v in said: return f"**{v}**"
+        return f"{v}; each seed alone: **{alone.pop()}**" if len(alone) == 1 and alone <= {*said} else v
     lines = [f"Of {len(claims)} claims, " + "; ".join(f"{name}: {counts(c.verdict.value_counts())}" for name, c in tables.items()) + ".", "",
              f"| paper | claim | the paper's own table agrees | {' | '.join(tables)} |", "|---" * (3 + len(tables)) + "|"]
     for i, r in claims.iterrows():
-        verdicts = [c.verdict[i] for c in tables.values()]
-        if {*verdicts} & {*said}: lines.append(f"| {r.paper} | {r.claim} | {r['paper supports']} | {' | '.join(f'**{v}**' if v in said else v for v in verdicts)} |")
+        words = [word(c, i) for c in tables.values()]
+        if any("**" in w for w in words): lines.append(f"| {r.paper} | {r.claim} | {r['paper supports']} | {' | '.join(words)} |")
     return "\n".join(lines)

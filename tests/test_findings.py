@@ -53,13 +53,13 @@ def looked_up(source: dict) -> tuple[str, list[tuple]]: # where, and (value, low
         return f"{source['json']}, {' > '.join(map(str, source['at']))}", [(x, *ends) for x in (found if isinstance(found, list) else [found])]
     tables, column = [source["table"]] if isinstance(source["table"], str) else source["table"], source.get("column")
     scales = [source["scale"], *(f"{source['scale']}/{p.name}" for p in sorted((ROOT/"results"/"reference"/source["scale"]).glob("seed-*")))] if source.get("seeds") else [source["scale"]]
-    rows = [r for s in scales for t in tables for _, group in select(table_rows(s, t), source["rows"]) for r in group]
-    where = f"{source['scale']}/{', '.join(f'{t}.csv' for t in tables)}, {', '.join(map(str, source['rows'].values()))}{f': {column}' if column else ''}"
+    by = [[r for t in tables for _, group in select(table_rows(s, t), source["rows"]) for r in group] for s in scales]
+    rows = [r for of_scale in by for r in of_scale]
+    where = f"{source['scale']}/{', '.join(f'{t}.csv' for t in tables)}, {', '.join(map(str, source['rows'].values()))}{f': {column}' if column else ''}{f', {len(scales)} seeds' if source.get('seeds') else ''}"
     if column is None: return where, [(len(rows), math.nan, math.nan)]
-    if source.get("seeds"): return f"{where}, {len(scales)} seeds", [((x := number(rows, column)).value, *x.ends())]
-    found = [(r[column], *(r.get(e, math.nan) for e in ends_of(r, column))) for r in rows]
-    if not source.get("mean") or len(found) < 2: return where, found
-    values = [x for x, *_ in found]
+    if source.get("seeds") and not source.get("mean"): return where, [((x := number(rows, column)).value, *x.ends())]
+    values = [fmean(r[column] for r in of_scale) for of_scale in by if of_scale] if source.get("seeds") else [r[column] for r in rows]
+    if not source.get("mean") or len(values) < 2: return where, [(r[column], *(r.get(e, math.nan) for e in ends_of(r, column))) for r in rows]
     half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return f"{where}, mean of {len(values)}", [(fmean(values), fmean(values) - half, fmean(values) + half)]
 
