@@ -30,5 +30,5 @@ setup: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv _docs jupyter_execute build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find boig nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -21,7 +21,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "boig"
 html_theme_options = {"show_toc_level": 2, "navbar_center": [], "navbar_end": ["theme-switcher"], "footer_start": ["copyright"], "footer_end": []}
 html_sidebars = {"**": ["globaltoc.html"]}
-html_static_path = [str(resolve("mathjax"))]
+html_static_path = ["_static", str(resolve("mathjax"))]
+html_css_files = ["site.css"]
 mathjax_path = "tex-svg.js"
 html_show_sphinx = False
 

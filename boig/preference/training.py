@@ -96,8 +96,8 @@ def same_prompt(data: Histories, target: int, most: int, rng: np.random.Generato
 @dataclass(frozen=True)
 class TrainConfig:
     "A stage of the training; the paper's by default, where the paper or its code says something."
-    steps: int = 5000 # stage 1, by the name of the authors' checkpoint; missing from the text that we had
-    batch: int = 8 # histories a step: 2 × 4 accumulated (facts of the code), on each GPU
+    steps: int = 5000 # stage 1, by the name of the authors' checkpoint; the paper's text does not say
+    batch: int = 8 # histories a step: 2 × 4 accumulated (the authors' code), on each GPU
     micro: int = 2 # histories at once
     targets: int = 1 # pairs asked about after each history, at most: choices of one prompt (ours); the paper asks about one
     lr: float = 1e-5
