@@ -8,15 +8,15 @@ from pathlib import Path
 from boig.core import project_root, provenance, write_json
 
 ROOT, OUT = project_root(), Path(__file__).parent/"results"/"optional.json"
-TESTS = ["bench_stage", "cards", "cluster", "data", "shards", "tuning", "watermark"]  # each holds tests that are skipped where a package is missing
-PACKAGES = ["ray", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-kubernetes", "snakemake-storage-plugin-fs", "tensorboard", "mlcroissant", "datasets", "invisible-watermark"]
+TESTS = ["bench_stage", "cards", "cluster", "data", "docs", "shards", "tuning", "watermark"]  # each holds tests that are skipped where a package is missing
+PACKAGES = ["ray", "snakemake-executor-plugin-slurm", "snakemake-executor-plugin-kubernetes", "snakemake-storage-plugin-fs", "tensorboard", "mlcroissant", "myst-nb", "datasets", "invisible-watermark"]
 
 
 def main(folder: Path):
     run = lambda *command, **kw: subprocess.run([folder/"bin"/"python", "-m", *command], cwd=ROOT, text=True, **kw)
     if not (folder/"bin"/"pytest").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        for wanted in (["torch==2.13.0"], ["-e", ".[dev,cluster,track,cards,ray]"], ["opencv-python-headless", "PyWavelets"], ["invisible-watermark>=0.2", "--no-deps"]):
+        for wanted in (["torch==2.13.0"], ["-e", ".[dev,cluster,track,cards,ray,docs]"], ["opencv-python-headless", "PyWavelets"], ["invisible-watermark>=0.2", "--no-deps"]):
             run("pip", "install", "-q", "-c", "constraints.txt", *wanted, check=True)
     said = run("pytest", "-q", "-rs", *[f"tests/test_{t}.py" for t in TESTS], capture_output=True).stdout
     versions = dict(re.findall(r"^(\S+)==(\S+)$", run("pip", "freeze", capture_output=True).stdout, re.M))
