@@ -121,7 +121,7 @@ def _index(page: dict, kind: str, key: str) -> dict[str, dict]:
 def _picture(item: dict | None, summary: Summary, previews: bool) -> tuple | None: # media_key, url, type, alt_text, width, height
     "A member of `includes.media` as a picture, or None."
     kind = item.get("type") if item else None
-    counted = {"photo": "", "video": "videos", "animated_gif": "gifs"}.get(kind, "others") if isinstance(kind, str) else "others" if item else "missing"
+    counted = {"photo": "", "video": "videos", "animated_gif": "gifs"}.get(kind if isinstance(kind, str) else None, "others") if item else "missing"
     if counted: setattr(summary, counted, getattr(summary, counted) + 1)
     if counted and not (previews and counted in ("videos", "gifs") and item.get("preview_image_url")): return None
     url = item.get("preview_image_url" if counted else "url")

@@ -82,7 +82,7 @@ def load_protocol(
     names = [n.strip() for n in subjects.split(",") if n.strip()] or None
     data = read_dreambench(folder, names) if folder else write_pocket_subjects(Path(pocket_folder)/name, names)
     found = Protocol(name, data, not folder, **more)
-    for s in data.subjects.values():
+    for s in data.subjects.values(): # what is wrong is said now, not an hour later
         asked = found.asked(s)
         if told := set(found.rl(s)) & set(asked.template[~asked.seen.astype(bool)]): raise BoigError(f"RL would train on '{min(told)}', which counts as unseen.")
     return found

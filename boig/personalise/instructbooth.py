@@ -90,7 +90,7 @@ def train_instructbooth(
 ) -> pd.DataFrame: # the log of the RL stage, one row an epoch
     "DreamBooth, then DDPO, or go on where a stopped run was."
     instruct_prompts(subject, templates)
-    Run.check(pipe, rl)
+    Run.check(pipe, rl) # what is wrong is said before DreamBooth has taken its time
     check_folder(Path(folder)/"rl", {})
     start = Path(start or Path(folder)/"dreambooth")
     train_dreambooth(pipe, subject, start, dreambooth, class_folder, progress)
