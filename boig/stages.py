@@ -23,7 +23,7 @@ from .core import _PACKAGES, BoigError, closest, digest, sha256_file
 from .kept import find
 from .safe import check_parameters
 from .scales import CHOICES, Scale
-from .zoo import entries
+from .zoo import cache_dir, entries
 
 # %% ../nbs/95_front/94_stages.ipynb #733ae1b2
 NEEDS = ("gpus", "cores", "memory", "hours") # memory in GB
@@ -218,11 +218,11 @@ def data_parts(
     notebook: Path, # relative paths start at its project
     values: dict, # of its parameters
 ) -> dict: # what of them changes when a result may
-    "The data from outside that parameters name: pages, pictures, raters' answers, models of one's own."
-    project, known = project_of(notebook), entries() # a name of the zoo's means the zoo's, whatever lies in the project
-    def outside(k, v): return isinstance(v, str) and v and k not in CHOICES and k != "scale" and v not in known and os.path.exists(project/v)
-    fetched = {"media"} if values.get("download") else set() # the stage itself fills that folder
-    return {f"data {k}": _content(project/v) for k, v in values.items() if k not in fetched and outside(k, v)}
+    "What parameters name from outside: data, as pages, pictures, raters' answers and models of one's own, and weights put into boig's cache by hand."
+    known, apart = entries(), {"scale", *CHOICES} | ({"media"} if values.get("download") else set()) # a name of the zoo's means the zoo's, whatever lies in the project; the stage that downloads fills `media` itself
+    def outside(k, v): return isinstance(v, str) and v and k not in apart and v not in known
+    def place(v): return next(((kind, at/v) for kind, at in (("data", project_of(notebook)), ("weights", cache_dir())) if os.path.exists(at/v)), None)
+    return {f"{found[0]} {k}": _content(found[1]) for k, v in values.items() if outside(k, v) and (found := place(v))}
 
 # %% ../nbs/95_front/94_stages.ipynb #80d38e22
 def parts(
@@ -274,10 +274,9 @@ def results_folder(path) -> Path:
 def why_run(
     step: Step,
     results: Path,
-    coming=(), # hashes of the files that earlier stages will have put back by then, by path
+    sha256, # of a file of the results, as it will be by then; None if it will not be there
 ) -> str:
     "What makes a stage's result missing or stale, in words; '' if it stands."
-    coming = dict(coming)
     try: done = json.loads(marker(results, step.stage.name).read_text(encoding="utf-8"))
     except (OSError, ValueError): return "no finished result yet"
     if done["key"] != step.key:
@@ -286,15 +285,17 @@ def why_run(
         return f"changed: {', '.join(changed[:4])}{' …' if len(changed) > 4 else ''}"
     for file, sha in {**done["outputs"], **done["inputs"]}.items():
         kind = "result" if file in done["outputs"] else "input"
-        if file not in coming and not (results/file).is_file(): return f"{kind} {file} is missing"
-        if (coming.get(file) or sha256_file(results/file)) != sha: return f"{kind} {file} was changed"
+        if not (now := sha256(file)): return f"{kind} {file} is missing"
+        if now != sha: return f"{kind} {file} was changed"
     return ""
 
 # %% ../nbs/95_front/94_stages.ipynb #711ba0c5
 def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, package: Path, again=()) -> list[Step]:
     "Each stage with its parameters, key and the reason to run it, in order; those named in `again` run though their results stand."
-    steps, coming = {}, {}
-    def now(file): return coming.get(file) or ((results/file).is_file() and sha256_file(results/file))
+    steps, now = {}, {} # name -> step; file -> hash: one that many stages read is hashed once
+    def sha256(file):
+        if file not in now: now[file] = sha256_file(results/file) if (results/file).is_file() else None
+        return now[file]
     for name, stage in stages.items():
         needs = makers(stage, stages)
         own = parts(stage, scale, {n: steps[n].key for n in needs}, notebooks, package)
@@ -304,10 +305,10 @@ def make_plan(stages: dict, scale: Scale, results: Path, notebooks: Path, packag
         steps[name] = step = Step(stage, params, own, key, needs, package)
         check_notebook(notebooks/stage.notebook, params)
         above = [n for n in needs if steps[n].why and not steps[n].kept]
-        step.why = "asked for again" if name in again else why_run(step, results, coming) or (f"runs after {', '.join(above)}" if above else "")
-        if step.why and not above and name not in again and (old := find(results, name, key, now)):
+        step.why = "asked for again" if name in again else why_run(step, results, sha256) or (f"runs after {', '.join(above)}" if above else "")
+        if step.why and not above and name not in again and (old := find(results, name, key, sha256)):
             step.kept = True
-            coming |= old["outputs"]
+            now |= old["outputs"]
     return list(steps.values())
 
 # %% ../nbs/95_front/94_stages.ipynb #daf834d0

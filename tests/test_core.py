@@ -1,5 +1,6 @@
 "Files, seeds, devices, the zoo's door and the report page."
 import datetime
+import hashlib
 import json
 import os
 import signal
@@ -226,7 +227,11 @@ def test_a_hub_model_is_asked_for_at_its_commit_and_what_came_is_noted(tmp_path,
     assert asked == [("them/model", "0123abcd"), ("them/model", "refs/pr/1"), ("them/model", None), ("them/model", "0123abcd")]
     assert [json.loads(l) for l in (tmp_path/"log").read_text().splitlines()] == [{"them/model": "f00d"}, {"them/model@0123abcd": "0123abcd"}]
     (tmp_path/"them"/"model").mkdir(parents=True) # a copy of one's own is asked nobody for
+    (tmp_path/"them"/"model"/".cache").mkdir()
+    for name in ("config.json", ".cache/fetched", "README.md"): (tmp_path/"them"/"model"/name).write_text("{}")
     assert zoo.resolve("them/model") == tmp_path/"them"/"model" and len(asked) == 4
+    by_hand = hashlib.sha256(f"{hashlib.sha256(b'{}').hexdigest()}  config.json\n".encode()).hexdigest()
+    assert json.loads((tmp_path/"log").read_text().splitlines()[-1]) == {"them/model": f"sha256 {by_hand}"} # and noted by its bytes
 
 
 def test_an_empty_name_is_no_model_and_an_empty_variable_no_folder(monkeypatch):

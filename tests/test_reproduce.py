@@ -232,6 +232,26 @@ def test_which_parameters_name_data(tmp_path):
     assert named(scale="paper", verbalizer="paper", base="pocket-sd", release="", each=3, folder="nowhere") == []
     assert named(media="pages", download=False) == ["data media"] and named(media="pages", download=True) == []
 
+def test_weights_put_into_the_cache_by_hand_count_where_a_parameter_names_them(tmp_path, monkeypatch):
+    "Not before one's own of that name, as `zoo.resolve` has it."
+    monkeypatch.setenv("BOIG_CACHE", str(tmp_path/"cache"))
+    (tmp_path/"cache/them/model").mkdir(parents=True)
+    (weights := tmp_path/"cache/them/model/model.safetensors").write_bytes(b"1")
+    def named(): return data_parts(tmp_path/"nbs/x.ipynb", {"base": "them/model", "judge": "them/other"})
+    before = named()
+    assert list(before) == ["weights base"]
+    weights.write_bytes(b"22")
+    assert list(named()) == ["weights base"] and named() != before
+    (tmp_path/"them/model").mkdir(parents=True)
+    assert list(named()) == ["data base"]
+
+def test_a_plan_hashes_a_file_once(world, monkeypatch):
+    world.run()
+    hashed = []
+    monkeypatch.setattr(stages, "sha256_file", lambda f: hashed.append(Path(f).relative_to(world.results).as_posix()) or sha256_file(f))
+    world.keys()
+    assert "data/a.txt" in hashed and len(hashed) == len(set(hashed)) # the second stage reads what the first has made
+
 def test_versions_of_what_computes_are_in_the_key(world, monkeypatch):
     before, real = world.keys(), stages.version
     def upgrade(name): monkeypatch.setattr(stages, "version", lambda n: "99" if n == name else real(n))
