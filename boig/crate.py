@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .core import BoigError, atomic_path, digest, sha256_file, visible, write_json
-from .results import _files, _read, _record, running
+from .results import _files
+from .runs import read_json, read_record, running
 from .stages import Stage, load_stages, marker
 
 # %% ../nbs/95_front/99_crate.ipynb #39d164f5
@@ -24,7 +25,7 @@ def finished(
 ) -> list[dict]: # in the order in which they began
     "The records of a results folder's stages; BoigError where a file is not what its record says, or a stage is not finished."
     if (pid := running(results)[0]) is not None: raise BoigError(f"A run (pid {pid}) is at '{results}'. Wait for it, then describe its results.")
-    records = {p.stem: _record(results, p.stem) for p in visible(results/"provenance", "*.json") if p.stem in stages}
+    records = {p.stem: read_record(results, p.stem) for p in visible(results/"provenance", "*.json") if p.stem in stages}
     if not records: raise BoigError(f"No results in '{results}' yet. Run: boig reproduce")
     wrong = [f"{name}: its record cannot be read" for name, r in records.items() if not r]
     wrong += [f"{name}: not finished since it became stale" for name in records if not marker(results, name).exists()]
@@ -127,7 +128,7 @@ def describe(
 ) -> dict: # the content of ro-crate-metadata.json
     "A results folder as an RO-Crate; BoigError if it is not whole."
     results = Path(results).absolute()
-    stages = load_stages(table, _read(results/".asked.json").get("scale", ""))
+    stages = load_stages(table, read_json(results/".asked.json").get("scale", ""))
     records = finished(results, stages)
     who = [{"@id": "#author", "@type": "Person", "name": author}] if author else []
     parts, licence = file_entities(results, records, stages), _licence(records, license)

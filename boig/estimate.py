@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .core import BoigError, closest, project_root
+from .runs import read_json
 
 # %% ../nbs/95_front/93_estimate.ipynb #05063c92
 def seconds(s: float) -> str:
@@ -28,8 +29,7 @@ def shipped() -> dict: # scale -> stage -> [measurement, ...]
 
 def expected(results: Path, scale: str, stage: str) -> float | None: # seconds
     "How long a stage took the last time: in this folder, else as shipped; None if it was never timed."
-    try: record = json.loads((Path(results)/"provenance"/f"{stage}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): record = {}
+    record = read_json(Path(results)/"provenance"/f"{stage}.json")
     if record.get("parameters", {}).get("scale") == scale and not record.get("resumed"): return record["seconds"]
     return next((m["seconds"] for m in shipped().get(scale, {}).get(stage, []) if not m["gpu"]), None)
 

@@ -6,12 +6,12 @@
 __all__ = ['pieces', 'hashes', 'place_of', 'keep', 'find', 'bring_back']
 
 # %% ../nbs/95_front/92_kept.ipynb #3e6b287a
-import json
 import os
 import shutil
 from pathlib import Path
 
 from .core import scratch, sha256_file, write_json
+from .runs import read_json
 
 # %% ../nbs/95_front/92_kept.ipynb #e98d9ee6
 def pieces(files) -> list[str]:
@@ -63,8 +63,7 @@ def keep(results: Path, done: dict, also=()):
 def find(results: Path, name: str, key: str, inputs) -> dict | None: # its marker; None if there is no such result, or not all of it
     "A kept result of this key, made from files of these hashes (`inputs`: path -> SHA-256, a function)."
     folder = place_of(results, name, key)
-    try: done = json.loads((folder/"done.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    if not (done := read_json(folder/"done.json")): return None
     whole = all((folder/f).is_file() and sha256_file(folder/f) == sha for f, sha in done["outputs"].items())
     return done if whole and all(inputs(f) == sha for f, sha in done["inputs"].items()) else None
 

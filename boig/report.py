@@ -22,7 +22,7 @@ from .core import BoigError, sha256_file, visible, write_text
 from .data.palette import PALETTE_HEX
 from .data.verbalization import Verbalization, parse
 from .metrics.verbalization_metrics import METRICS
-from .results import _read
+from .runs import read_json
 from .stages import load_stages, marker, results_folder
 
 # %% ../nbs/95_front/96_report.ipynb #448821a2
@@ -64,7 +64,7 @@ def records(
     for name, stage in (stages or load_stages()).items():
         file = results/"provenance"/f"{name}.json"
         if stage.scales and not file.exists(): continue  # belongs to another scale
-        record = _read(file)
+        record = read_json(file)
         out.append(dict(name=name, title=stage.title, record=record, broken=file.exists() and not record, current=marker(results, name).exists(),
                         notebook=f"notebooks/{name}.ipynb" if (results/"notebooks"/f"{name}.ipynb").exists() else None))
     return out

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from .core import _PACKAGES, BoigError, closest, digest, sha256_file
 from .kept import find
+from .runs import read_json
 from .safe import check_parameters
 from .scales import CHOICES, Scale
 from .zoo import cache_dir, entries
@@ -277,8 +278,7 @@ def why_run(
     sha256, # of a file of the results, as it will be by then; None if it will not be there
 ) -> str:
     "What makes a stage's result missing or stale, in words; '' if it stands."
-    try: done = json.loads(marker(results, step.stage.name).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return "no finished result yet"
+    if not (done := read_json(marker(results, step.stage.name))): return "no finished result yet"
     if done["key"] != step.key:
         before, now = done["parts"], json.loads(json.dumps(step.parts))
         changed = [k for k in before | now if before.get(k) != now.get(k)]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from boig import cli
 from boig.core import BoigError
 from boig.crate import CC_BY_SA, describe, write_crate
-from boig.reproduce import only_run
+from boig.runs import only_run
 from boig.stages import data_parts
 
 TABLE = '[make]\nnotebook = "90_experiments/make.ipynb"\ntitle = "makes"\noutputs = ["data/a b.parquet"]\n' \

@@ -19,8 +19,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from boig import reproduce as module, results as results_module, stages, zoo
 from boig.core import BoigError, sha256_file, write_json
-from boig.reproduce import _append, only_run, reproduce, run_stage
-from boig.results import _repeatable, leftovers, planned, prune, running, status, verify
+from boig.reproduce import reproduce, run_stage
+from boig.results import _repeatable, leftovers, planned, prune, status, verify
+from boig.runs import append, only_run, running
 from boig.stages import _weights, bare, check_notebook, data_parts, imported, load_stages, make_plan, module_sources, parts, results_folder
 from boig.scales import load_scale
 
@@ -721,9 +722,9 @@ def test_a_record_cannot_reach_outside(finished, where):
 
 def test_a_torn_line_does_not_spoil_the_next(tmp_path):
     log = tmp_path/"runs.jsonl"
-    _append(log, {"a": 1})
+    append(log, {"a": 1})
     with open(log, "a") as f: f.write('{"a": 2')
-    for i in (3, 4): _append(log, {"a": i})
+    for i in (3, 4): append(log, {"a": i})
     assert log.read_text() == '{"a": 1}\n{"a": 2\n{"a": 3}\n{"a": 4}\n'
 
 def test_verify_says_what_cannot_be_made_again(finished):
