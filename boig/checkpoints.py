@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .core import BoigError
-from .zoo import cache_dir
+from .zoo import by_hand, cache_dir
 
 # %% ../nbs/00_core/03_checkpoints.ipynb #0917d1fb
 def read_tensors(
@@ -90,6 +90,6 @@ def local_file(
     source: str, # where it is published
 ) -> Path:
     "A file that has to be downloaded by hand; BoigError that says how."
-    for path in (Path(ref), cache_dir()/ref):
-        if path.is_file(): return path
+    path = Path(ref) if Path(ref).is_file() else by_hand(ref)
+    if path.is_file(): return path
     raise BoigError(f"There is no file '{ref}'. Get {Path(ref).name} from {source} and put it into {cache_dir()}, or pass its path as weights.")
