@@ -56,6 +56,7 @@ def looked_up(source: dict) -> tuple[str, list[tuple]]: # where, and (value, low
     by = [[r for t in tables for _, group in select(table_rows(s, t), source["rows"]) for r in group] for s in scales]
     rows = [r for of_scale in by for r in of_scale]
     where = f"{source['scale']}/{', '.join(f'{t}.csv' for t in tables)}, {', '.join(map(str, source['rows'].values()))}{f': {column}' if column else ''}{f', {len(scales)} seeds' if source.get('seeds') else ''}"
+    if pick := {"least": min, "most": max}.get(source.get("seeds")): return where, [(pick(len(rs) if column is None else fmean(r[column] for r in rs) for rs in by), math.nan, math.nan)]
     if column is None: return where, [(len(rows), math.nan, math.nan)]
     if source.get("seeds") and not source.get("mean"): return where, [((x := number(rows, column)).value, *x.ends())]
     values = [fmean(r[column] for r in of_scale) for of_scale in by if of_scale] if source.get("seeds") else [r[column] for r in rows]
