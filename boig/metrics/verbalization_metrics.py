@@ -89,6 +89,7 @@ def object_metrics(
 ) -> dict[str, np.ndarray]: # four arrays [N], NaN where undefined
     "Eqs. 8 to 14: IOU, cosine, normalised area RMSE and normalised relative position error of objects."
     n = len(truth)
+    # All pairs of one picture: how similar, of which picture
     (gn, gname, gbox), (pn, pname, pbox) = _objects(truth), _objects(predicted)
     i, j = _pairs(gn, pn, n)
     names, ids = np.unique(np.array(gname + pname, dtype=object).astype(str), return_inverse=True)
@@ -98,11 +99,13 @@ def object_metrics(
     def total(x): return np.bincount(picture[use], weights=x[use], minlength=n)
     def size(box): return (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
     def centre(box): return (box[:, :2] + box[:, 2:]) / 2
+    # What a pair adds to equations 9, 11 and 13, before its picture's sums are divided
     image_area, diagonal = resolutions.prod(1), np.hypot(*resolutions.T)
     counts, weight = total(np.ones_like(cos)), 1 / np.where(use, cos, 1)
     ga, pa = size(gbox)[i], size(pbox)[j]
     squared = (ga - pa) ** 2 * ga / image_area[picture] * weight
     distance = np.linalg.norm(centre(gbox)[i] - centre(pbox)[j], axis=1) * weight
+    # Equation 8 knows no threshold: equal names
     shared = np.bincount(picture[gid == pid], minlength=n).astype(float)
     union = np.bincount(gn, minlength=n) + np.bincount(pn, minlength=n) - shared
     return {"Objects IOU": _ratio(shared, union), "Objects Cosine Similarity": _ratio(total(cos), counts),
@@ -147,6 +150,7 @@ def interval(
     draws = np.asarray(draws, dtype=float)
     return np.nanpercentile(draws, tails(groups), axis=0) if groups >= GROUPS else np.full((2, *draws.shape[1:]), np.nan)
 
+# %% ../../nbs/40_metrics/41_verbalization_metrics.ipynb #98bddd21
 def bootstrap_means(
     scores: np.ndarray, # [N, M], NaN = undefined
     resamples: int, # R
