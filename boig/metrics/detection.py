@@ -42,6 +42,7 @@ def match(
     rows = [(i, d.name, d.score, box_iou(torch.tensor(d.box).double(), torch.tensor(truth[i][d.name]).double()).item() >= iou if d.name in truth[i] else False)
             for i, picture in enumerate(found) for d in picture]
     table = pd.DataFrame(rows, columns=["picture", "name", "score", "right"]).sort_values("score", ascending=False, kind="stable", ignore_index=True)
+    # Of those that overlap the same true object, all but the first claim in vain
     table["right"] &= ~table[table.right].duplicated(["picture", "name"]).reindex(table.index, fill_value=False)
     return table
 
