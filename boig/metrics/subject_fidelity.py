@@ -42,6 +42,7 @@ def where(
     dx, dy = ((companion[i] + companion[i + 2] - subject[i] - subject[i + 2]) / 2 for i in (0, 1))
     return "beside" if abs(dx) >= abs(dy) else "above" if dy < 0 else "below"
 
+# %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #97978f88
 def action_shown(
     found: list, # detections of a picture: name, score, box
     noun: str, # of the subject
@@ -105,7 +106,7 @@ def fidelity_differences(
         rows.append({"Comparison": f"{a} − {b}", "Metric": m, "gain": values.mean() if n else np.nan, "low": low, "high": high, "n": n, "verdict": verdict})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #58ce8cbd
+# %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #a6f1bc53
 def change_scores(
     judge, # of the subject, a Reward
     pictures: dict[str, torch.Tensor], # change -> [K, 3, H, W]; the k-th of each is the same picture changed
@@ -125,6 +126,7 @@ def change_costs(
     mean, low, high, _ = bootstrap_means(costs, resamples, derive_seed(seed, "changes"), groups)
     return pd.DataFrame({"score": scores.mean(), "cost": mean, "low": low, "high": high})
 
+# %% ../../nbs/40_metrics/44_subject_fidelity.ipynb #b9b8659b
 def prefers_failures(
     scores: pd.DataFrame, # of `change_scores`
     poses, # columns in which the subject is still itself
