@@ -50,6 +50,7 @@ def mean_interval(
     half = stats.t.ppf(0.975, fewest - 1) * np.sqrt(max(parts)) / len(values)
     return values.mean(), values.mean() - half, values.mean() + half
 
+# %% ../../nbs/40_metrics/46_choice.ipynb #42a8544b
 def choice_row(
     scores: np.ndarray, # [n, m]
     users=None, # [n]: who each case is of; None = each its own
@@ -96,7 +97,7 @@ def k_means(
         if (cost := (d.min(1) ** 2).sum()) < best[0]: best = cost, d.argmin(1)
     return best[1]
 
-# %% ../../nbs/40_metrics/46_choice.ipynb #037002d6
+# %% ../../nbs/40_metrics/46_choice.ipynb #d0e266ff
 def _numbers(labels) -> np.ndarray: # [n]
     "Labels as 0 … K-1; BoigError if one is missing."
     found = pd.factorize(np.asarray(labels))[0]
@@ -122,6 +123,7 @@ def silhouette(x: np.ndarray, labels) -> float: # [-1, 1], higher is clearer
     widest = np.maximum(a, b)
     return float(np.where((own > 1) & (widest > 0), (b - a) / np.where(widest > 0, widest, 1), 0).mean())
 
+# %% ../../nbs/40_metrics/46_choice.ipynb #5e530f49
 def davies_bouldin(x: np.ndarray, labels) -> float: # ≥ 0, lower is clearer
     "How much clusters are alike (Davies and Bouldin 1979)."
     x, names, k = _clusters(x, labels)
