@@ -43,6 +43,7 @@ def references(context: dict | None) -> torch.Tensor: # [R, 3, H, W]
         raise BoigError("This reward compares with reference pictures: pass context={'references': a tensor [R, 3, H, W]}.")
     return check_pictures(context["references"])
 
+# %% ../../nbs/45_rewards/45_rewards.ipynb #3f11555d
 def exactly(model: torch.nn.Module):
     "A context in which a model answers in the precision of its weights, though the caller's autocast may be on: in bfloat16, PickScores a tenth apart are one number."
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
