@@ -146,6 +146,7 @@ class Conv(nn.Module):
 
     def forward(self, x): return F.relu(self.bn(self.conv(x)))
 
+# %% ../../nbs/40_metrics/43_fid.ipynb #0d7547a6
 class Mixed(nn.Module):
     "Branches side by side, one of them behind a pooling."
     def __init__(self, inputs: int, pool, branches: dict):
@@ -154,7 +155,9 @@ class Mixed(nn.Module):
         for branch, chain in branches.items():
             width, self.chains[branch] = inputs, []
             for i, step in enumerate(chain, 1):
+                # Where the pooling halves the picture, the last convolution of each chain must halve it too
                 halve, step = pool is _halve and i == len(chain), step if isinstance(step, list) else [step]
+                # branch_2 is one convolution, branch_2a and branch_2b two side by side, the bare branch a chain of one
                 names = [f"{branch}_{i}{'ab'[j] if len(step) > 1 else ''}" if len(chain) > 1 else branch for j in range(len(step))]
                 for name, (outputs, k) in zip(names, step):
                     sides = (k, k) if isinstance(k, int) else k
