@@ -142,6 +142,7 @@ def from_authors(tensors: dict, path: Path): # a backbone
     if "patch_embed.proj.weight" in tensors: return dino_from_original(tensors)
     raise BoigError(f"{path} holds neither CSD nor DINO; its first tensors are {', '.join(list(tensors)[:3])}.")
 
+# %% ../../nbs/45_rewards/49_similarity.ipynb #3736a40e
 def load_backbone(path: Path): # CLIPModel, CLIPVisionModelWithProjection or ViTModel, float32, frozen
     "The network in a folder or file; BoigError unless all of it is there and is used."
     config = path/"config.json"
