@@ -157,7 +157,7 @@ _sha256_once = lru_cache(maxsize=None)(sha256_tree) # gigabytes, in a process th
 def by_hand(name: str) -> Path: # there or not
     "The file or folder of this name that somebody put into the cache; a run notes its hash."
     path = cache_dir()/name
-    if HUB_LOG in os.environ and path.exists(): _note(name, f"sha256 {_sha256_once(path)}")
+    if HUB_LOG in os.environ and name and path.exists(): _note(name, f"sha256 {_sha256_once(path)}")
     return path
 
 # %% ../nbs/00_core/02_zoo.ipynb #e1f27a08

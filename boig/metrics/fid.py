@@ -24,7 +24,7 @@ from ..checkpoints import load_original, load_pretrained, read_tensors
 from ..core import BoigError, atomic_path, closest, get_device, sha256_file
 from ..perception.pixels import Preprocess, by_size, check_pictures, parts_of
 from ..rewards.clip_scores import load_preprocess
-from ..zoo import cache_dir, resolve
+from ..zoo import by_hand, cache_dir, resolve
 
 # %% ../../nbs/40_metrics/43_fid.ipynb #39ff448a
 def _root(covariance: torch.Tensor) -> torch.Tensor: # [D, rank]
@@ -206,7 +206,7 @@ def load_inception(
     weights: str = "", # the file; "" = where `boig doctor` says it belongs
 ) -> Inception:
     "FID's Inception with its weights; BoigError if they are missing, broken or another network's."
-    path = Path(weights) if weights else cache_dir()/INCEPTION
+    path = Path(weights) if weights else by_hand(INCEPTION)
     if not path.is_file(): raise BoigError(f"FID needs its Inception, and '{path}' is not there. Fetch it:  curl -L --create-dirs -o {cache_dir()/INCEPTION} {INCEPTION_URL}")
     stated = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if stated and not sha256_file(path).startswith(stated[1]): raise BoigError(f"'{path}' is not what its name says (SHA-256). Fetch it again.")

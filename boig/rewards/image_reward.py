@@ -18,7 +18,7 @@ from ..checkpoints import load_original, read_tensors
 from ..core import BoigError, get_device
 from ..perception.pixels import Preprocess
 from .base import check_call, exactly, register
-from ..zoo import cache_dir
+from ..zoo import by_hand
 
 # %% ../../nbs/45_rewards/48_image_reward.ipynb #3d2c8fea
 VIT_LARGE = dict(image_size=224, patch_size=16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
@@ -123,7 +123,7 @@ def load_image_reward(
     vision: dict = VIT_LARGE, # another shape of the picture's tower
 ) -> ImageReward:
     "ImageReward from the authors' files; BoigError that says what to download."
-    folder = Path(weights) if Path(weights).is_dir() else cache_dir()/weights
+    folder = Path(weights) if Path(weights).is_dir() else by_hand(weights)
     if absent := [f"{f} (from {where})" for f, where in FILES.items() if not (folder/f).is_file()]:
         raise BoigError(f"ImageReward needs {', '.join(absent)} in {folder}; or pass another folder as weights.")
     try: config = blip_config(json.loads((folder/"med_config.json").read_text(encoding="utf-8")), vision)

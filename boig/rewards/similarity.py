@@ -24,7 +24,7 @@ from ..core import BoigError, closest, get_device
 from ..perception.pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, by_size, check_pictures
 from .base import exactly, references, register
 from .clip_scores import open_clip_name
-from ..zoo import cache_dir, entries, resolve
+from ..zoo import by_hand, entries, resolve
 
 # %% ../../nbs/45_rewards/49_similarity.ipynb #b682c604
 def side_of(model) -> int: # pixels
@@ -162,7 +162,7 @@ def load_similarity(
     pooled: bool = False, # see `Similarity`
 ) -> Similarity:
     "A similarity with the reference pictures in the context."
-    path = cache_dir()/weights
+    path = by_hand(weights)
     if not path.exists(): path = resolve(weights)
     model = load_backbone(path)
     prepare = preparation(pixels, path, side_of(model))
