@@ -19,7 +19,7 @@ from boig.diffusion.sampler import to_ddim
 from boig.metrics.subject_fidelity import fidelity_differences
 from boig.perception.pixels import to_tensor
 from boig.personalise import compare
-from boig.personalise.compare import METHODS, PROTOCOLS, Lesson, Protocol, cells_to_decide, claim_verdict, compare_subject, given_rows, judge_rows, load_protocol, picture_grid, picture_rows, teach
+from boig.personalise.compare import METHODS, PROTOCOLS, Lesson, cells_to_decide, claim_verdict, compare_subject, given_rows, judge_rows, load_protocol, picture_grid, picture_rows, teach
 from boig.personalise.base import Subject
 from boig.personalise.dreambooth import DreamBoothConfig
 from boig.personalise.textual_inversion import TextualInversionConfig

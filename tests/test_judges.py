@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from boig.core import BoigError
-from boig.data.world import STYLES, Placed, Scene, accounts, caption, load_sprites, random_scene, truth
+from boig.data.world import STYLES, Placed, Scene, caption, load_sprites, random_scene, truth
 from boig.pocket import choosers as ch
 from boig.pocket.captions import held_out, pixels, samples
-from boig.pocket.choosers import (EDITS, GROUPS, PARTS, USUAL, Ask, Chooser, alignment, asked, ceiling, choices, looks, parts, people,
+from boig.pocket.choosers import (EDITS, GROUPS, PARTS, USUAL, Chooser, alignment, asked, ceiling, choices, looks, parts, people,
                                   preference, question, utility, vary)
-from boig.pocket.embeddings import (embed, family, look_batch, make_embedding, nearest, portrait, similarity, subject_batch, subjects,
+from boig.pocket.embeddings import (embed, family, look_batch, make_embedding, nearest, similarity, subject_batch, subjects,
                                     supervised_contrast, load_embedding, train_embedding)
 from boig.pocket.judges import agreement, choice_loss, clip_loss, judge_batch, presence, train_chooser
 from boig.pocket.training import recipe

@@ -23,7 +23,7 @@ from boig.pocket.idefics import make_idefics
 from boig.preference.baselines import score_by_reward
 from boig.preference.loss import CONTRASTS, LossConfig, like_probability, preference_loss
 from boig.preference.model import (PreferenceConfig, PreferenceModel, Rated, add_lora, judge, judge_whole, load_idefics, load_preference, read, save_preference, score,
-                                   see, tiny_idefics, token_attention, trained)
+                                   tiny_idefics, token_attention, trained)
 from boig.preference.reward import PreferenceReward
 from boig.preference.training import Histories, TrainConfig, add_tokens, choose_trained, draw_pair, score_cases, train_preference, with_history
 from boig.rewards.base import load_reward

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from boig.data.palette import COLOR_NAMES, TONE_NAMES
-from boig.data.verbalization import MAX_COLORS, MIN_COVERAGE, Parsed, Verbalization, parse, problems, round_to_one
+from boig.data.verbalization import MAX_COLORS, Parsed, Verbalization, parse, problems, round_to_one
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 side = st.integers(1, 5000)
