@@ -21,7 +21,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from ..core import BoigError, atomic_path, derive_seed, get_device, made_by, png_record, save_png
 from ..zoo import entries, resolve
 
-# %% ../../nbs/50_diffusion/50_pipeline.ipynb #c6d42411
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #9e04559f
 @contextmanager
 def _quiet():
     "Without diffusers' remarks on every model it loads, and without its progress."
@@ -38,6 +38,7 @@ def _open(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     bare = dict(safety_checker=None, requires_safety_checker=False) if kind == "StableDiffusionPipeline" else {}
     return DiffusionPipeline.from_pretrained(path, dtype=dtype, **bare)
 
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #67ce94aa
 def add_lora(
     pipe: DiffusionPipeline,
     weights, # a folder, a file, or tensors by name
@@ -51,6 +52,7 @@ def add_lora(
     if lost := [k for k in given if re.search("lora_[AB]", k) and not k.startswith("text_encoder") and k not in places]:
         raise BoigError(f"{len(lost)} of the {len(given)} LoRA weights belong to no layer of this {type(pipe).__name__}, as '{lost[0]}'. Take the pipeline that they were trained on.")
 
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #11313193
 def _assembled(path: Path, base: str, dtype: torch.dtype) -> DiffusionPipeline:
     "The pipeline of a folder that holds it, or LoRA weights of another one."
     if (path/"model_index.json").is_file(): return _open(path, dtype)
@@ -81,7 +83,7 @@ def sampling(ref: str) -> dict: # num_inference_steps, guidance_scale
     "How a model of the zoo is meant to be sampled; nothing for others."
     return dict(entries()[ref].sampling) if ref in entries() else {}
 
-# %% ../../nbs/50_diffusion/50_pipeline.ipynb #42216713
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #76f20f50
 def negatives(sampling: dict, n: int, at=slice(None)) -> dict: # of those with the numbers `at`
     "How to sample some of `n` pictures: a negative prompt is one text for all, or one for each."
     own = {k: v for k, v in sampling.items() if k.startswith("negative") and "prompt" in k and v is not None}
@@ -89,6 +91,7 @@ def negatives(sampling: dict, n: int, at=slice(None)) -> dict: # of those with t
     if bad := [k for k, v in own.items() if len(v) != n]: raise BoigError(f"{n} pictures need a {bad[0]} for each, or one text for all; not {len(own[bad[0]])}.")
     return sampling | {k: v[at] for k, v in own.items()}
 
+# %% ../../nbs/50_diffusion/50_pipeline.ipynb #d158048b
 def draw(
     pipe: DiffusionPipeline,
     prompts: list[str],
