@@ -13,7 +13,7 @@ import torch
 
 from ..core import BoigError
 
-# %% ../../nbs/50_diffusion/55_watermark.ipynb #09ba913b
+# %% ../../nbs/50_diffusion/55_watermark.ipynb #cd9af5ae
 MESSAGE = b"boig: AI" # 64 bits
 LEAST = 256 * 256 # pixels; the library's limit
 
@@ -30,6 +30,7 @@ def _coder(kind: str, images: torch.Tensor):
 def _bgr(images): # as floats: of bytes, OpenCV's way to YUV and back cuts strong colours off, with or without a mark
     return [np.ascontiguousarray(x, np.float32) for x in (images.detach().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()[..., ::-1]]
 
+# %% ../../nbs/50_diffusion/55_watermark.ipynb #ca348107
 def watermark(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1], at least 256 × 256 pixels
     message: bytes = MESSAGE,
