@@ -48,7 +48,7 @@ def ddpo_is(
     ratio = (new - old).exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #6650fea0
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #b1b5fbaf
 def standardize(
     r: torch.Tensor, # [B]: rewards
     among: torch.Tensor, # [N]: those to compare with
@@ -66,6 +66,7 @@ def deviation(r: torch.Tensor) -> torch.Tensor: # [B] float64
     "From their mean; 0 if they are flat."
     return torch.zeros_like(r) if flat(r) else r - r.mean()
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #434b44ad
 class Advantages:
     "Rewards compared with those of the epoch, with the last ones of the same prompt, or with those of the same prompt and round."
     def __init__(self, kind: str = "prompt", size: int = 16, min_count: int = 16, clip: float = 5.0):
@@ -111,7 +112,7 @@ def score(
     bad = ~r.isfinite()
     return r.masked_fill(bad, torch.nan), "it gave NaN or infinity" if bad.any() else ""
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #3785865f
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #690f84bf
 @dataclass(frozen=True)
 class DDPOConfig(TuningConfig):
     "How to train. Epochs, samples, batch and learning rate are BOIG's, from its second author's thesis (the paper gives none); the others, but for LoRA and precision, are those of DDPO's code."
@@ -150,6 +151,7 @@ class DDPOConfig(TuningConfig):
 
 FAST = dict(group=8, shared_start=True, window=2, advantages="group", fresh=True, keep_graph=True)
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #5aabd757
 def _check(c: DDPOConfig):
     "BoigError for settings that cannot work together."
     for name, known in dict(loss=("is", "sf"), advantages=("prompt", "global", "group")).items(): check_choice(c, name, known)
@@ -162,7 +164,7 @@ def _check(c: DDPOConfig):
     if not 0 < c.eta <= 1 or not 0 < c.timestep_fraction <= 1 or not 0 < c.reach <= 1: raise BoigError("eta, timestep_fraction and reach must lie in (0, 1].")
     if not 0 <= c.window <= c.steps: raise BoigError(f"window must lie in [0, {c.steps}], the number of steps.")
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #d02039d6
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #6be8457a
 def step_loss(
     new: torch.Tensor, # [B]: log p of the model in training
     old: torch.Tensor, # [B]: log p of the model that drew; NaN of a path that broke, which teaches nothing
@@ -180,6 +182,7 @@ def step_loss(
     off, kl = ((new - old).exp() - 1).abs(), kl.where(whole, 0)
     return loss + config.kl * kl, torch.stack([loss, off, (off > config.clip).to(loss), kl]).detach()
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #db209d9d
 def path_loss(
     unet,
     paths: Trajectories, # B of them
@@ -193,7 +196,7 @@ def path_loss(
     mean, sigma = step_policy(unet, paths.steps, i, paths.latents[rows, i], paths.states, paths.empty, config.guidance)
     return step_loss(log_prob(paths.latents[rows, i + 1], mean, sigma), paths.log_probs[rows, i], mean, sigma, advantage, config, base_mean)
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #84457aa5
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #de50f340
 def _plain(
     x,
     home: str = "", # the module whose functions and objects are looked into
@@ -218,6 +221,7 @@ def _plain(
     if isinstance(x, MethodType): return plain([x.__func__, x.__self__])
     return _function(x, home, plain) if isinstance(x, FunctionType) else _object(x, home, plain)
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #69298912
 def _function(f, home: str, plain) -> list:
     "A function's code, its defaults, and what it finds around it: all in its closure; of its module, if that is `home`, what its code names."
     def of(code): return [code.co_code.hex(), code.co_names, [of(x) if hasattr(x, "co_code") else plain(x) for x in code.co_consts]]
@@ -227,6 +231,7 @@ def _function(f, home: str, plain) -> list:
     around = {n: v.__qualname__ if isinstance(v, FunctionType) and v.__module__ != home else plain(v) for n, v in around.items()}
     return [of(f.__code__), plain(f.__defaults__), [plain(c.cell_contents) for c in f.__closure__ or ()], *filter(None, (plain(f.__kwdefaults__), around))]
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #315f93f4
 def _object(x, home: str, plain):
     "An object's class, and its weights if it is a network; if the class is of `home`, also its code and what the object holds. A warning if that leaves nothing."
     kind, net = type(x), isinstance(x, torch.nn.Module)
@@ -355,7 +360,7 @@ def collect(
     rewards = a.reduce(rewards.to(run.device)).cpu()
     return updates, rewards.masked_fill(~torch.isin(torch.arange(c.samples), numbers), torch.nan), problem
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #dc02acd9
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #38ec47fe
 @torch.no_grad()
 def base_mean(run: Run, paths: Trajectories, i: torch.Tensor) -> torch.Tensor | None: # [B, C, h, w]
     "The mean that the model had before training; None if nobody asks."
@@ -366,6 +371,7 @@ def base_mean(run: Run, paths: Trajectories, i: torch.Tensor) -> torch.Tensor | 
     finally:
         if run.base is None: unet.enable_adapters()
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #1ef58d5e
 def choose_steps(steps, numbers: torch.Tensor, config: DDPOConfig, epoch: int, inner: int) -> torch.Tensor: # int64 [B, K], on the steps' device
     "For each picture, by its number, which random steps are trained."
     chance = (steps.sigma > 0).nonzero().flatten().cpu()
@@ -374,7 +380,7 @@ def choose_steps(steps, numbers: torch.Tensor, config: DDPOConfig, epoch: int, i
     orders = [torch.randperm(len(chance), generator=torch.Generator().manual_seed(derive_seed(config.seed, "steps", epoch, inner, int(n)))) for n in numbers]
     return chance[torch.stack(orders)[:, :k]].to(steps.t.device)
 
-# %% ../../nbs/50_diffusion/52_ddpo.ipynb #caf504c6
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #81162d73
 def repeated(paths: Trajectories, k: int) -> Trajectories:
     "Each path k times in a row."
     return replace(paths, kept=(), **{name: getattr(paths, name).repeat_interleave(k, 0) for name in ("latents", "log_probs", "states")})
@@ -390,6 +396,7 @@ def losses(run: Run, paths: Trajectories, times: torch.Tensor, advantage: torch.
         part, i, k = repeated(paths, i.shape[1]), i.flatten(), i.shape[1]
         yield path_loss(run.pipe.unet, part, i, advantage.repeat_interleave(k), run.config, base_mean(run, part, i))
 
+# %% ../../nbs/50_diffusion/52_ddpo.ipynb #fa443fb5
 def update(run: Run, batches: list, advantages: torch.Tensor, epoch: int, inner: int) -> dict[str, float]:
     "One step of the optimiser; what to log."
     watched = 0
