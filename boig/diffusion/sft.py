@@ -19,7 +19,7 @@ from .sampler import PREDICTIONS
 from .tuning import Tuning, TuningConfig, check_positive, load_run, step, train_epochs
 from ..perception.pixels import check_pictures, to_tensor
 
-# %% ../../nbs/50_diffusion/53_sft.ipynb #4d65be9a
+# %% ../../nbs/50_diffusion/53_sft.ipynb #6717c52b
 def noisy(
     scheduler, # of diffusers, trained on a β schedule
     x0: torch.Tensor, # [B, C, h, w]
@@ -34,6 +34,7 @@ def noisy(
     y = noise if kind == "epsilon" else x0 if kind == "sample" else signal * noise - rest * x0
     return signal * x0 + rest * noise, y
 
+# %% ../../nbs/50_diffusion/53_sft.ipynb #ae5a6c32
 def denoising_loss(
     unet,
     scheduler,
@@ -47,7 +48,7 @@ def denoising_loss(
     said = unet(xt.to(unet.dtype), t, encoder_hidden_states=states.to(unet.dtype), return_dict=False)[0]
     return (said.to(y.dtype) - y).square().mean(dim=(1, 2, 3))
 
-# %% ../../nbs/50_diffusion/53_sft.ipynb #8a2ab7ca
+# %% ../../nbs/50_diffusion/53_sft.ipynb #2a08633b
 @dataclass(frozen=True)
 class Shown:
     "N pictures and their texts as the denoiser knows them; on the CPU."
@@ -68,6 +69,7 @@ def latent_gaussians(
     parts = (z.latent_dist.mean, z.latent_dist.std) if hasattr(z, "latent_dist") else (z.latents, torch.zeros_like(z.latents))
     return tuple(p.float() * pipe.vae.config.scaling_factor for p in parts)
 
+# %% ../../nbs/50_diffusion/53_sft.ipynb #099bf939
 @torch.no_grad()
 def encode(
     pipe: StableDiffusionPipeline,
@@ -90,7 +92,7 @@ def encode(
     places = {t: k for k, t in enumerate(different[:-1])}
     return Shown(torch.cat(means), torch.cat(stds), torch.cat(states), torch.tensor([places[t] for t in texts]))
 
-# %% ../../nbs/50_diffusion/53_sft.ipynb #180435d3
+# %% ../../nbs/50_diffusion/53_sft.ipynb #7b4e57d8
 @dataclass(frozen=True)
 class SFTConfig(TuningConfig):
     "How to fine-tune. Epochs are BOIG's (§3.3); the rest are diffusers' example's, which the paper follows: its defaults, and the learning rate of its instructions."
@@ -99,6 +101,7 @@ class SFTConfig(TuningConfig):
     micro_batch: int = 16 # pictures at once; less memory if smaller, same result
     empty: float = 0.0 # share of pictures shown without their text, for classifier-free guidance
 
+# %% ../../nbs/50_diffusion/53_sft.ipynb #91347c16
 def _check(pipe, c: SFTConfig, images, texts):
     "BoigError for a pipeline, data or settings that cannot be trained."
     scheduler = getattr(pipe, "scheduler", None)
@@ -115,7 +118,7 @@ def _digest(images) -> str: # 12 characters
     for i in images: seen.update((_tensor(i) * 255).round().clamp(0, 255).byte().cpu().numpy().tobytes())
     return seen.hexdigest()[:12]
 
-# %% ../../nbs/50_diffusion/53_sft.ipynb #a5b71d5f
+# %% ../../nbs/50_diffusion/53_sft.ipynb #2b52ac82
 def dice(shown: Shown, numbers: torch.Tensor, config: SFTConfig, T: int, epoch: int):
     "Latents [B, C, h, w], noise [B, C, h, w], times [B] and text states [B, L, D] of some pictures."
     rows = []
@@ -126,6 +129,7 @@ def dice(shown: Shown, numbers: torch.Tensor, config: SFTConfig, T: int, epoch: 
         rows.append((x0, torch.randn(x0.shape, generator=g), torch.randint(T, (), generator=g), shown.states[text]))
     return [torch.stack(column) for column in zip(*rows)]
 
+# %% ../../nbs/50_diffusion/53_sft.ipynb #47806d0f
 def _epoch(run: Tuning, shown: Shown, scheduler, epoch: int) -> dict[str, float]:
     "Every picture once; the epoch's row of the log."
     c, a, started, norms = run.config, run.accelerator, time.monotonic(), []
