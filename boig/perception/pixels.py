@@ -20,23 +20,27 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from ..core import BoigError
 
 # %% ../../nbs/30_perception/32_pixels.ipynb #fc13b087
-MAX_PIXELS = 100_000_000 # of a picture that is unpacked
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP") # Pillow knows more, and starts Ghostscript for one of them (EPS)
-
 def _as_srgb(picture: Image.Image) -> Image.Image:
     "The same colours in sRGB, if a profile says which they are; as it is if there is none that fits."
     profile = picture.info.get("icc_profile")
     if not profile or picture.mode not in ("L", "RGB", "RGBA", "CMYK"): return picture
-    try: return ImageCms.profileToProfile(picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGBA" if picture.mode == "RGBA" else "RGB")
+    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    try: return ImageCms.profileToProfile(picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, TypeError): return picture
 
+# %% ../../nbs/30_perception/32_pixels.ipynb #bc5e01d5
 def _flat(picture: Image.Image) -> Image.Image:
     "A decoded picture of any mode as RGB."
+    if picture.mode == "F": raise BoigError("A picture of floats has no stated range; save it with 8 or 16 bits.")
     if picture.mode in ("I;16", "I;16B", "I;16L", "I"): picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif picture.mode == "F": raise BoigError("A picture of floats has no stated range; save it with 8 or 16 bits.")
-    if "A" not in picture.mode and "transparency" not in picture.info: return _as_srgb(picture.convert("RGB") if picture.mode == "P" else picture).convert("RGB")
+    if "A" not in picture.mode and "transparency" not in picture.info:
+        return _as_srgb(picture.convert("RGB") if picture.mode == "P" else picture).convert("RGB")
     above = _as_srgb(picture.convert("RGBA"))
     return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+
+# %% ../../nbs/30_perception/32_pixels.ipynb #9138eec8
+MAX_PIXELS = 100_000_000 # of a picture that is unpacked
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP") # Pillow knows more, and starts Ghostscript for one of them (EPS)
 
 def open_rgb(
     source, # a path, the bytes of a file, or a PIL image of any mode
@@ -69,6 +73,7 @@ def check_stretch(width: int, height: int):
     if max(width, height) > MOST_STRETCHED * min(width, height):
         raise BoigError(f"the picture is too long and thin to be looked at ({width}×{height}; at most 1:{MOST_STRETCHED}).")
 
+# %% ../../nbs/30_perception/32_pixels.ipynb #a062268a
 def to_tensor(picture) -> torch.Tensor: # [3, H, W] float32 in [0, 1]
     "Anything that `open_rgb` reads, as a tensor."
     return torch.from_numpy(np.asarray(open_rgb(picture)).copy()).permute(2, 0, 1) / 255
@@ -125,7 +130,8 @@ class Preprocess:
         if self.shortest and (ends := (max(h, w) - MOST_STRETCHED * min(h, w)) // 2) > 0: # cut off in the end; first they would fill the memory
             images = images[..., ends:h - ends, :] if h > w else images[..., ends:w - ends]
             h, w = images.shape[-2:]
-        to = (self.shortest if h <= w else self.shortest * h // w, self.shortest if w <= h else self.shortest * w // h) if self.shortest else self.size
+        to = self.size
+        if self.shortest: to = (self.shortest, self.shortest * w // h) if h <= w else (self.shortest * h // w, self.shortest)
         if to != (h, w): images = F.interpolate(images, to, mode=self.mode, antialias=True, align_corners=False).clamp(0, 1)
         top, left = ((a - b) // 2 for a, b in zip(to, self.size))
         return images[..., top:top + self.size[0], left:left + self.size[1]] if to != self.size else images
