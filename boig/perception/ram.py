@@ -19,7 +19,7 @@ from transformers import SwinConfig, SwinModel
 from ..checkpoints import load_original, read_tensors
 from ..core import BoigError, get_device, write_json, write_text
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, check_pictures
-from ..zoo import cache_dir
+from ..zoo import by_hand
 
 # %% ../../nbs/30_perception/33_ram.ipynb #8993be89
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def load_ram(
     device: str = "auto",
 ) -> Tagger:
     "RAM, ready to tag; BoigError if a file is missing or does not fit."
-    folder, device = Path(folder or cache_dir()/"ram"), get_device(device)
+    folder, device = Path(folder or by_hand("ram")), get_device(device)
     if missing := [f for f in (_WEIGHTS, _TAGS, _THRESHOLDS) if not (folder/f).is_file()]:
         raise BoigError(f"RAM needs {', '.join(missing)} in {folder}: the weights are in the Hugging Face repository 'xinyu1205/recognize_anything_model', "
                         "the lists in ram/data of the GitHub repository 'xinyu1205/recognize-anything'.")

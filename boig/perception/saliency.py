@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoints import load_original, read_tensors
 from ..core import BoigError, get_device
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, Preprocess, check_pictures
-from ..zoo import cache_dir
+from ..zoo import by_hand
 
 # %% ../../nbs/30_perception/34_saliency.ipynb #8cf0866c
 def _enlarge(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def load_saliency(
     **settings, # of Saliency: size, threshold
 ) -> Saliency:
     "U²-Net, ready to look; BoigError if the file is missing or does not fit."
-    path = Path(path or cache_dir()/"u2net.pth")
+    path = Path(path or by_hand("u2net.pth"))
     if not path.is_file():
         raise BoigError(f"U²-Net needs {path}: the README of the GitHub repository 'xuebinqin/U-2-Net' links to u2net.pth (176 MB) and u2netp.pth (4.7 MB).")
     found = read_tensors(path)
